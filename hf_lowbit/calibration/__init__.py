@@ -1,0 +1,1 @@
+"""Calibration: what text goes in, what reaches each layer, what is remembered of it."""

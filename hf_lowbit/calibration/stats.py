@@ -1,0 +1,55 @@
+"""Running statistics of a layer's inputs; one implementation for every method."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.errors import CalibrationError
+
+
+class LinearStats:
+    """Second moment of what a linear layer receives.
+
+    Sums are kept, not means, so that statistics of several processes add up.
+
+    Attributes:
+        name: full name of the layer, for messages.
+        total: (in_features, in_features), float32, Σ x xᵀ over all tokens.
+        tokens: number of tokens seen.
+        sequences: number of sequences seen.
+    """
+
+    def __init__(self, name: str, in_features: int, device: torch.device | str = "cpu") -> None:
+        """Start with nothing seen."""
+        self.name = name
+        self.total = torch.zeros((in_features, in_features), dtype=torch.float32, device=device)
+        self.tokens = 0
+        self.sequences = 0
+
+    def update(self, inputs: Tensor, first_sample: int = 0) -> None:
+        """Add a batch of inputs, (..., in_features); leading dimension 0 counts sequences.
+
+        Raises:
+            CalibrationError: the inputs hold NaN or infinity; layer and sample are named.
+        """
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        # one reduction that NaN and infinity both survive is cheaper than isfinite over the whole batch
+        if not bool(torch.isfinite(rows.abs().max())) if rows.numel() else False:
+            bad = [first_sample + i for i, sample in enumerate(inputs) if not bool(torch.isfinite(sample).all())]
+            raise CalibrationError(f"{self.name}: inputs hold NaN or infinity in calibration sample {bad[0]}")
+        self.total.addmm_(rows.T, rows)
+        self.tokens += rows.shape[0]
+        self.sequences += inputs.shape[0]
+
+    def second_moment(self) -> Tensor:
+        """Return ``H = (2 / sequences) Σ x xᵀ``, (in_features, in_features), float32.
+
+        Raises:
+            CalibrationError: nothing was seen.
+
+        Source: GPTQ's accumulation, as BiLLM and ARB-LLM use it; the factor 2/N is a scale without effect.
+        """
+        if not self.sequences:
+            raise CalibrationError(f"{self.name}: received no calibration input; it may be unused in the forward pass")
+        return self.total * (2.0 / self.sequences)

@@ -1,0 +1,113 @@
+"""Which modules are compressed, by which method, and why the others stay dense. Decided before any work starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from hf_lowbit.config import LowBitConfig
+from hf_lowbit.errors import UnsupportedModelError
+from hf_lowbit.recipe import matches, rules_of
+
+OUTPUT_HEAD, TIED, FP32 = "output head", "tied weight", "kept in float32 by the model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """Outcome of the selection.
+
+    Attributes:
+        methods: config of the method for each module that is compressed, in model order.
+        dense: reason for each linear-like module that is not.
+    """
+
+    methods: dict[str, LowBitConfig]
+    dense: dict[str, str]
+
+
+def default_skips(model: nn.Module) -> dict[str, str]:
+    """Return names that stay dense unless nothing speaks against them, with the reason: head, tied weights."""
+    found: dict[str, str] = {}
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find_head is None else find_head()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied_modules = {key.rpartition(".")[0] for pair in dict(tied).items() for key in pair}
+    for name, module in model.named_modules():
+        if name in tied_modules:
+            found[name] = TIED
+        if head is not None and module is head:
+            found[name] = OUTPUT_HEAD
+    return found
+
+
+def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> Targets:
+    """Decide for every linear layer of a model.
+
+    Args:
+        model: the model; weights are not looked at, ``meta`` will do.
+        config: a method's config or a recipe.
+        blocks: names of the decoder blocks for a calibrated run, which can only compress what lies inside; None for a
+            run without data.
+
+    Raises:
+        UnsupportedModelError: nothing is left to compress.
+        ValueError: a skip pattern or a rule matches no module.
+    """
+    skips = default_skips(model)
+    fp32 = sorted(getattr(model, "_keep_in_fp32_modules", None) or ())
+    methods: dict[str, LowBitConfig] = {}
+    dense: dict[str, str] = {}
+    for name, module in model.named_modules():
+        reason = _why_unsupported(module)
+        if reason is None:
+            continue
+        pattern = next((p for p in config.skip if matches(p, name)), None)
+        rule = next((rule for p, rule in rules_of(config) if matches(p, name)), None)
+        if name in skips:
+            dense[name] = skips[name]
+        elif pattern is not None:
+            dense[name] = f"skip pattern {pattern!r}"
+        elif any(part in fp32 for part in name.split(".")):
+            dense[name] = FP32
+        elif reason:
+            dense[name] = reason
+        elif rule is None:
+            dense[name] = "no rule of the recipe matches"
+        elif blocks is not None and not any(name.startswith(f"{block}.") for block in blocks):
+            dense[name] = "outside the decoder blocks"
+        else:
+            methods[name] = rule
+    _refuse_idle_patterns(model, config)
+    if not methods:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:5])
+        raise UnsupportedModelError(f"nothing to compress in {type(model).__name__} ({listed or 'no linear layers'})")
+    return Targets(methods, dense)
+
+
+def _why_unsupported(module: nn.Module) -> str | None:
+    """Return "" for a layer that can be compressed, a reason for one that cannot, None for what is no such layer.
+
+    Subclasses of Linear have a meaning of their own, which replacing them would lose.
+    """
+    if type(module) is nn.Linear:
+        return ""
+    if isinstance(module, nn.Embedding):
+        return None
+    own = dict(module.named_parameters(recurse=False))
+    if any(parameter.dim() == 3 for parameter in own.values()) and not isinstance(module, nn.Conv1d):
+        return f"fused weights of {type(module).__name__} are not supported yet"
+    weight: Any = own.get("weight")
+    if weight is not None and weight.dim() >= 2:
+        return f"layers of type {type(module).__name__} are not supported"
+    return None
+
+
+def _refuse_idle_patterns(model: nn.Module, config: LowBitConfig) -> None:
+    """A pattern that matches nothing is a spelling mistake that would silently change what is compressed."""
+    names = [name for name, _ in model.named_modules() if name]
+    patterns = [("skip", p) for p in config.skip] + [("rule", p) for p, _ in rules_of(config)]
+    idle = [f"{kind} {pattern!r}" for kind, pattern in patterns if not any(matches(pattern, name) for name in names)]
+    if idle:
+        raise ValueError(f"{', '.join(idle)}: no module of {type(model).__name__} matches")

@@ -1,0 +1,337 @@
+"""Configs: frozen, validated, plain JSON with a version.
+
+One class per method derives from :class:`LowBitConfig`, which is what transformers knows under the single
+``quant_method`` "hf_lowbit"; the field ``method`` in the JSON says which class to build. Options are declared once,
+with :func:`option`: the declaration gives type, default, allowed values and the help text of the command line.
+
+A config never contains a path, a user name or calibration text: data that has no public name is written as a
+:class:`CalibrationRecord` (what kind, how much, which hash).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+FORMAT_VERSION = 1
+# Keys of the JSON that are not options: the first is transformers' own, the last is for the reader of the file only.
+_ENVELOPE = ("quant_method", "method", "format_version", "hf_lowbit_version")
+
+
+class HfLowbitMethod(str, Enum):
+    """The one ``quant_method`` of this package; an enum because diffusers reads ``.value``."""
+
+    HF_LOWBIT = "hf_lowbit"
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    multiple_of: int | None = None,
+) -> Any:
+    """Declare an option of a config: default (which fixes the type), help text and allowed values.
+
+    ``low`` and ``high`` are inclusive. Use it like :func:`dataclasses.field`.
+    """
+    rules = {"help": help, "choices": choices, "low": low, "high": high, "multiple_of": multiple_of}
+    return dataclasses.field(default=default, metadata={"option": rules})
+
+
+def _option_problem(name: str, value: Any, default: Any, rules: Mapping[str, Any]) -> str | None:
+    if rules["choices"] is not None:
+        allowed = ", ".join(map(repr, rules["choices"]))
+        return None if value in rules["choices"] else f"{name} must be one of {allowed}, got {value!r}"
+    want = type(default)
+    if type(value) is not want and not (want is float and type(value) is int):
+        return f"{name} must be of type {want.__name__}, got {value!r}"
+    low, high, step = rules["low"], rules["high"], rules["multiple_of"]
+    # `not (low <= value)` rather than `value < low`, so that NaN is refused too
+    if (low is not None and not low <= value) or (high is not None and not value <= high):
+        limits = f"from {low} to {high}" if high is not None else f"at least {low}"
+        return f"{name} must be {limits}, got {value!r}"
+    if step is not None and value % step:
+        return f"{name} must be a multiple of {step}, got {value!r}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How a compression run behaves on this machine; never saved and never part of a comparison.
+
+    Attributes:
+        batch_size: calibration sequences per forward pass.
+        progress: show a progress bar.
+        report: file that receives one JSON line per layer, or None.
+        tokenizer: tokenizer for calibration text; None loads the model's own.
+    """
+
+    batch_size: int = 4
+    progress: bool = True
+    report: Path | None = None
+    tokenizer: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationRecord:
+    """What a model was calibrated on, without saying where it lay.
+
+    Attributes:
+        kind: "dataset", "text file", "text folder", "texts", "tokens".
+        name: public name of a dataset, else None.
+        sha256: hash of the token ids that were used, None before a run.
+        tokens: number of tokens used, None before a run.
+    """
+
+    kind: str
+    name: str | None = None
+    sha256: str | None = None
+    tokens: int | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class LowBitConfig(QuantizationConfigMixin):
+    """What all configs share; also the class that transformers registers, so ``from_dict`` builds the right subclass.
+
+    Attributes:
+        skip: module patterns to leave dense, besides the defaults (output head, embeddings, tied weights). A pattern
+            is a dotted name or a glob; it matches a module, or any module below it.
+        modules: filled by compression: for each packed module its method, format, spec and error.
+        run: behaviour of the run on this machine; not saved.
+    """
+
+    # transformers declares a field here; it is constant for us
+    quant_method: ClassVar[HfLowbitMethod] = HfLowbitMethod.HF_LOWBIT  # type: ignore[assignment,misc]
+    method: ClassVar[str] = ""
+
+    skip: tuple[str, ...] = ()
+    modules: Mapping[str, Mapping[str, Any]] | None = None
+    run: RunOptions = dataclasses.field(default=RunOptions(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if type(self) is LowBitConfig:
+            raise TypeError("LowBitConfig is the common base; use the config of a method, such as ARBConfig")
+        if isinstance(self.skip, list):
+            self.skip = tuple(self.skip)
+        problems = self.problems()
+        if problems:
+            raise ValueError(f"{type(self).__name__}: {'; '.join(problems)}")
+        object.__setattr__(self, "_frozen", True)
+
+    # transformers' mixin is an unfrozen dataclass, from which a frozen one may not inherit
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "_frozen", False):
+            raise dataclasses.FrozenInstanceError(
+                f"{type(self).__name__} is frozen; use dataclasses.replace(config, {name}=...)"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def needs(self) -> str:
+        """Data that a run with these options needs: "none" or "tokens"."""
+        return "none"
+
+    @classmethod
+    def options(cls) -> dict[str, dataclasses.Field[Any]]:
+        """Return the method's options by name."""
+        return {field.name: field for field in dataclasses.fields(cls) if "option" in field.metadata}
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, empty if nothing is."""
+        found = []
+        for name, field in self.options().items():
+            problem = _option_problem(name, getattr(self, name), field.default, field.metadata["option"])
+            found += [problem] if problem else []
+        if not isinstance(self.skip, tuple) or not all(isinstance(item, str) and item for item in self.skip):
+            found.append(f"skip must be a list of non-empty strings, got {self.skip!r}")
+        if self.modules is not None:
+            found += _module_table_problems(self.modules)
+        if not isinstance(self.run, RunOptions):
+            found.append(f"run must be RunOptions, got {self.run!r}")
+        elif type(self.run.batch_size) is not int or self.run.batch_size < 1:
+            found.append(f"run.batch_size must be an integer of at least 1, got {self.run.batch_size!r}")
+        return found
+
+    def _values(self) -> dict[str, Any]:
+        """Return the saved fields as JSON types; subclasses extend it for fields that are not options."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.options()}
+        values["skip"] = list(self.skip)
+        if self.modules is not None:
+            values["modules"] = {name: dict(row) for name, row in self.modules.items()}
+        return values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as JSON types, version included."""
+        from hf_lowbit import __version__  # here, because the package imports this module first
+
+        return {
+            "quant_method": self.quant_method.value,
+            "method": self.method,
+            "format_version": FORMAT_VERSION,
+            "hf_lowbit_version": __version__,
+            **self._values(),
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return :meth:`to_dict`: every option is written out, so a file does not depend on later defaults."""
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build the config of ``config_dict["method"]``.
+
+        Args:
+            config_dict: what :meth:`to_dict` returned.
+            return_unused_kwargs: return ``(config, kwargs)``, as transformers may ask for.
+            kwargs: returned untouched.
+
+        Raises:
+            ValueError: unknown method, newer version, unknown keys or bad values; all of them are named.
+        """
+        from hf_lowbit import registry
+
+        data = dict(config_dict)
+        method = data.get("method", cls.method or None)
+        target: type[LowBitConfig] = registry.config_class(method)
+        if not issubclass(target, cls):
+            raise ValueError(f"this is a config of method {method!r}, not a {cls.__name__}")
+        version = data.get("format_version", FORMAT_VERSION)
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(
+                f"format_version {version!r} is not supported (this release reads 1 to {FORMAT_VERSION}); "
+                "a newer hf-lowbit may"
+            )
+        if data.get("quant_method", HfLowbitMethod.HF_LOWBIT.value) != HfLowbitMethod.HF_LOWBIT.value:
+            raise ValueError(f"quant_method must be 'hf_lowbit', got {data['quant_method']!r}")
+        values = {key: value for key, value in data.items() if key not in _ENVELOPE}
+        known = {field.name for field in dataclasses.fields(target) if field.init} - {"run"}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{target.__name__}: {'; '.join(_unknown_key(key, known) for key in unknown)}")
+        config = target._from_values(values)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> Any:
+        """Build the config from the saved fields, unknown keys already refused."""
+        return cls(**values)
+
+
+def _unknown_key(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key {key!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
+
+
+_MODULE_KEYS = {"method": str, "format": str, "spec": Mapping, "error": float}
+
+
+def _module_table_problems(table: Any) -> list[str]:
+    if not isinstance(table, Mapping):
+        return [f"modules must be an object, got {type(table).__name__}"]
+    found = []
+    for name, row in table.items():
+        if not isinstance(name, str) or not isinstance(row, Mapping):
+            found.append(f"modules[{name!r}] must be an object")
+            continue
+        if unknown := sorted(set(row) - set(_MODULE_KEYS)):
+            found.append(f"modules[{name!r}] has unknown keys {', '.join(map(repr, unknown))}")
+        for key, kind in _MODULE_KEYS.items():
+            value = row.get(key)
+            if value is None and key == "error":  # a data-free run has no inputs to measure it on
+                continue
+            if not isinstance(value, kind) and not (kind is float and type(value) is int):
+                found.append(f"modules[{name!r}].{key} must be of type {kind.__name__}, got {value!r}")
+    return found
+
+
+# Text datasets that calibration and evaluation know by name; loaded through `datasets`, which needs a network.
+DATASETS = ("c4", "wikitext2", "ptb")
+
+
+@dataclasses.dataclass(kw_only=True)
+class CalibratedConfig(LowBitConfig):
+    """Adds where calibration tokens come from.
+
+    Attributes:
+        calibration: a name in :data:`DATASETS`, a text file or folder, a list of strings, token ids (a tensor of shape
+            (sequences, length) or a list of 1-D tensors), or None for a run without data.
+    """
+
+    calibration: Any = "c4"
+    samples: int = option(128, "calibration sequences", low=1)
+    sequence_length: int = option(2048, "tokens per calibration sequence", low=2)
+    seed: int = option(0, "seed of the calibration sample", low=0)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.calibration, Path):
+            self.calibration = str(self.calibration)
+        elif isinstance(self.calibration, Mapping):
+            self.calibration = CalibrationRecord(**self.calibration)
+        super().__post_init__()
+
+    @property
+    def needs(self) -> str:
+        """Data that a run with these options needs: "none" or "tokens"."""
+        return "none" if self.calibration is None else "tokens"
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, empty if nothing is."""
+        found = super().problems()
+        if isinstance(self.calibration, str) and not self.calibration:
+            found.append("calibration must not be an empty string; use None for a run without data")
+        if isinstance(self.calibration, (bool, int, float)):
+            found.append(f"calibration must be a name, a path, texts or token ids, got {self.calibration!r}")
+        if isinstance(self.calibration, CalibrationRecord):
+            record = self.calibration
+            kinds = {
+                "kind": (str,),
+                "name": (str, type(None)),
+                "sha256": (str, type(None)),
+                "tokens": (int, type(None)),
+            }
+            found += [
+                f"calibration.{name} has a wrong type: {getattr(record, name)!r}"
+                for name, types in kinds.items()
+                if not isinstance(getattr(record, name), types)
+            ]
+        return found
+
+    def _values(self) -> dict[str, Any]:
+        values = super()._values()
+        data = self.calibration
+        if data is not None and not isinstance(data, CalibrationRecord) and data not in DATASETS:
+            data = CalibrationRecord(kind=calibration_kind(data))
+        values["calibration"] = dataclasses.asdict(data) if isinstance(data, CalibrationRecord) else data
+        return values
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> Any:
+        data = values.get("calibration")
+        if isinstance(data, Mapping):
+            fields = {field.name for field in dataclasses.fields(CalibrationRecord)}
+            if unknown := sorted(set(data) - fields):
+                raise ValueError(f"{cls.__name__}: unknown key {unknown[0]!r} in calibration")
+        elif data is not None and data not in DATASETS:
+            # A stored config names public data only; anything else would be somebody else's path.
+            raise ValueError(f"{cls.__name__}: a stored calibration is one of {', '.join(DATASETS)}, got {data!r}")
+        return cls(**values)
+
+
+def calibration_kind(data: Any) -> str:
+    """Return in one word what ``data`` is: "dataset", "text folder", "text file", "texts" or "tokens"."""
+    if isinstance(data, str):
+        if data in DATASETS:
+            return "dataset"
+        return "text folder" if Path(data).is_dir() else "text file"
+    if isinstance(data, (list, tuple)) and all(isinstance(item, str) for item in data):
+        return "texts"
+    return "tokens"

@@ -1,0 +1,41 @@
+"""Checks of bit planes and scales read from a file."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.kernels import padded_columns, unpack_plane
+
+
+def padding_is_zero(plane: Tensor, columns: int) -> bool:
+    """Return whether every padding bit of a P128 plane (..., bytes) of ``columns`` columns is 0.
+
+    Kernels rely on it: a set padding bit would add a weight that does not exist.
+    """
+    full = padded_columns(columns)
+    if full == columns:
+        return True
+    return not bool(unpack_plane(plane, full)[..., columns:].any())
+
+
+def pruned_evenly(mask: Tensor, columns: int, n: int, m: int) -> bool:
+    """Return whether each group of ``m`` columns of a P128 mask (rows, bytes) keeps ``n`` (a short one ceil(n·q/m)).
+
+    A wrong count would shift every later sign of the row.
+    """
+    bits = unpack_plane(mask, columns)
+    full = columns - columns % m
+    counts = bits[:, :full].unflatten(1, (-1, m)).sum(-1) if full else bits.new_zeros((bits.shape[0], 0))
+    tail = columns - full
+    tail_ok = not tail or bool((bits[:, full:].sum(-1) == -(-n * tail // m)).all())
+    return tail_ok and bool((counts == n).all())
+
+
+def scale_problems(name: str, tensor: Tensor, signed: bool) -> list[str]:
+    """Return what is wrong with a scale tensor: non-finite values, or negative ones unless ``signed``."""
+    if not bool(torch.isfinite(tensor).all()):
+        return [f"{name} holds NaN or infinity"]
+    if not signed and bool((tensor < 0).any()):
+        return [f"{name} holds a negative scale"]
+    return []

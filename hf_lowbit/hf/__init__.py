@@ -1,0 +1,1 @@
+"""How the package meets Hugging Face: registration, loading, saving. The only folder that imports those registries."""

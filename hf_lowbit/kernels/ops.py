@@ -1,0 +1,88 @@
+"""Registration of the custom ops ``hf_lowbit::*``.
+
+The reference runs wherever no faster kernel is registered (dispatch key ``CompositeExplicitAutograd``); a fast kernel
+adds itself with ``LIBRARY.impl(name, function, "CPU" or "CUDA")`` and nothing else changes. Weights are frozen: the
+gradient exists for the input and the bias only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.kernels import reference
+
+LIBRARY = torch.library.Library("hf_lowbit", "DEF")
+
+_PARTS = (
+    "Tensor sign, Tensor row_scale, Tensor? group, Tensor? row_shift, Tensor? col_scale, Tensor? salient, "
+    "Tensor? sign2, Tensor? col_scale2, Tensor? mask"
+)
+_SIZES = "int in_features, int block_size, int keep_n, int keep_m"
+
+LIBRARY.define(f"binary_linear(Tensor x, {_PARTS}, Tensor? bias, {_SIZES}) -> Tensor")
+LIBRARY.define(f"binary_dequantize({_PARTS}, {_SIZES}) -> Tensor")
+
+
+def _check_input(x: Tensor, row_scale: Tensor, bias: Tensor | None, in_features: int) -> None:
+    torch._check(x.is_floating_point(), lambda: f"binary_linear: x must be floating point, got {x.dtype}")
+    torch._check(x.dim() >= 1, lambda: "binary_linear: x needs at least one dimension")
+    torch._check(
+        x.shape[-1] == in_features,
+        lambda: f"binary_linear: x has {x.shape[-1]} columns, the weight has {in_features}",
+    )
+    torch._check(
+        x.device == row_scale.device,
+        lambda: f"binary_linear: x is on {x.device}, the weight on {row_scale.device}",
+    )
+    if bias is not None:
+        torch._check(
+            bias.shape == (row_scale.shape[-1],),
+            lambda: f"binary_linear: bias has shape {tuple(bias.shape)}, expected ({row_scale.shape[-1]},)",
+        )
+
+
+def _binary_linear(x: Tensor, *args: Any) -> Tensor:
+    _check_input(x, args[1], args[9], args[10])
+    return reference.binary_linear(x, *args)
+
+
+def _binary_linear_fake(x: Tensor, *args: Any) -> Tensor:
+    _check_input(x, args[1], args[9], args[10])
+    return x.new_empty((*x.shape[:-1], args[1].shape[-1]))
+
+
+def _binary_dequantize_fake(sign: Tensor, row_scale: Tensor, *args: Any) -> Tensor:
+    return row_scale.new_empty((row_scale.shape[-1], args[7]), dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *parts = inputs
+    ctx.tensors = [isinstance(part, Tensor) for part in parts]
+    ctx.save_for_backward(*(part for part in parts if isinstance(part, Tensor)))
+    ctx.rest = [None if isinstance(part, Tensor) else part for part in parts]
+    ctx.input_dtype = x.dtype
+
+
+def _binary_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = iter(ctx.saved_tensors)
+    parts = [next(saved) if is_tensor else rest for is_tensor, rest in zip(ctx.tensors, ctx.rest, strict=True)]
+    bias, sizes = parts[9], parts[10:]
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.hf_lowbit.binary_dequantize(*parts[:9], *sizes)
+        grad_x = grad @ weight.to(grad.dtype)
+    if bias is not None and ctx.needs_input_grad[10]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
+    return (grad_x, *([None] * 9), grad_bias, None, None, None, None)
+
+
+LIBRARY.impl("binary_linear", _binary_linear, "CompositeExplicitAutograd")
+LIBRARY.impl("binary_dequantize", reference.binary_dequantize, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_lowbit::binary_linear", _binary_linear_fake, lib=LIBRARY)
+torch.library.register_fake("hf_lowbit::binary_dequantize", _binary_dequantize_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "hf_lowbit::binary_linear", _binary_linear_backward, setup_context=_setup_context, lib=LIBRARY
+)

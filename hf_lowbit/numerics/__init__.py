@@ -1,0 +1,1 @@
+"""Mathematics that two methods or more share: tensors in, tensors out."""

@@ -1,0 +1,94 @@
+"""Recipes: different methods for different modules of one model.
+
+>>> LowBitRecipe({"*.mlp.down_proj": ARBConfig(variant="x"), "*": ARBConfig()}, skip=["lm_head"])  # doctest: +SKIP
+
+Patterns are tried in the order given and the first match wins. Every config can be asked for its ``rules()``, so the
+rest of the package handles a single method as a recipe of one rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from hf_lowbit.config import LowBitConfig
+
+Rules = tuple[tuple[str, LowBitConfig], ...]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return whether a pattern covers a module.
+
+    A pattern is a dotted name or a glob (``*`` crosses dots). It covers the module of that name, also when the name
+    ends in it at a dot ("lm_head" covers "model.lm_head"), and everything below that module.
+    """
+    parts = name.split(".")
+    ancestors = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}") for path in ancestors)
+
+
+def rules_of(config: LowBitConfig) -> Rules:
+    """Return the rules of a config: its own, or for a single method one rule that covers everything."""
+    return config.rules if isinstance(config, LowBitRecipe) else (("*", config),)
+
+
+@dataclasses.dataclass(kw_only=True)
+class LowBitRecipe(LowBitConfig):
+    """Maps module patterns to method configs; first match wins.
+
+    Attributes:
+        rules: a mapping, or pairs, of pattern and config. Configs in a recipe have no ``skip`` of their own.
+    """
+
+    method: ClassVar[str] = "recipe"
+
+    rules: Any = dataclasses.field(default=(), kw_only=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rules, Mapping):
+            self.rules = tuple(self.rules.items())
+        elif isinstance(self.rules, list):
+            self.rules = tuple(tuple(pair) for pair in self.rules)
+        super().__post_init__()
+
+    @property
+    def needs(self) -> str:
+        """Data that a run with these options needs: that of the first rule which needs any."""
+        return next((config.needs for _, config in self.rules if config.needs != "none"), "none")
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, empty if nothing is."""
+        found = super().problems()
+        if not self.rules:
+            found.append("a recipe needs at least one rule")
+        seen = set()
+        for number, pair in enumerate(self.rules):
+            if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str) or not pair[0]:
+                found.append(f"rule {number} must be a pair of a non-empty pattern and a config")
+                continue
+            pattern, config = pair
+            if not isinstance(config, LowBitConfig) or isinstance(config, LowBitRecipe):
+                found.append(f"rule {pattern!r} must hold the config of a method, got {type(config).__name__}")
+            elif config.skip or config.modules is not None:
+                found.append(f"rule {pattern!r}: put skip on the recipe, not on a rule")
+            if pattern in seen:
+                found.append(f"rule {pattern!r} is given twice")
+            seen.add(pattern)
+        return found
+
+    def _values(self) -> dict[str, Any]:
+        values = super()._values()
+        values["rules"] = [{"pattern": pattern, "config": config.to_dict()} for pattern, config in self.rules]
+        return values
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> LowBitRecipe:
+        rules = values.pop("rules", [])
+        if not isinstance(rules, list) or not all(
+            isinstance(rule, Mapping) and set(rule) == {"pattern", "config"} for rule in rules
+        ):
+            raise ValueError('LowBitRecipe: rules must be a list of {"pattern": ..., "config": ...}')
+        pairs = tuple((rule["pattern"], LowBitConfig.from_dict(rule["config"])) for rule in rules)
+        return cls(rules=pairs, **values)

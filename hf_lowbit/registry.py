@@ -1,0 +1,115 @@
+"""The table of methods: one record each, registered by one explicit call.
+
+A record ties a name to a config class and to a function of plain tensors. Nothing else in the package names a method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from hf_lowbit.config import LowBitConfig
+
+# Written out, never discovered: an import error in a method must be seen, not swallowed by a walk.
+METHOD_MODULES = ("hf_lowbit.methods.arb",)
+
+UNITS = ("linear", "conv2d", "attention", "pipeline")
+DATA = ("none", "tokens", "prompts", "images", "training")
+
+
+@dataclasses.dataclass
+class LinearUnit:
+    """What a method of unit "linear" is given.
+
+    Attributes:
+        name: full name of the module, for messages.
+        weight: (out_features, in_features), floating; must not be modified.
+        trace: rows (JSON types) that a method may append to, such as an error per iteration.
+    """
+
+    name: str
+    weight: Any
+    trace: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Record of a method.
+
+    Attributes:
+        name: slug, equal to ``method`` in the config.
+        title: short human name.
+        summary: one sentence on what it does.
+        paper: arXiv identifier.
+        config: config class.
+        unit: what it works on, one of :data:`UNITS`.
+        needs: data of its default options, one of :data:`DATA`.
+        format: name of the storage format it returns.
+        status: what works today, for the table of methods.
+        compress: ``(unit, stats, options) -> Format``; stats is None in a run without data.
+        plan: optional look at all units before the run.
+        attach: optional run-time part.
+    """
+
+    name: str
+    title: str
+    summary: str
+    paper: str
+    config: type[LowBitConfig]
+    unit: str
+    needs: str
+    format: str
+    status: str
+    compress: Callable[..., Any]
+    plan: Callable[..., Any] | None = None
+    attach: Callable[..., Any] | None = None
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> None:
+    """Add a method.
+
+    Raises:
+        ValueError: the name is taken, differs from the config's, or unit or data are unknown.
+    """
+    if method.name in _METHODS:
+        raise ValueError(f"method {method.name!r} is registered already")
+    if method.name != method.config.method:
+        raise ValueError(f"method {method.name!r} has a config of method {method.config.method!r}")
+    if method.unit not in UNITS or method.needs not in DATA:
+        raise ValueError(f"method {method.name!r}: unknown unit {method.unit!r} or data {method.needs!r}")
+    _METHODS[method.name] = method
+
+
+def methods() -> dict[str, Method]:
+    """Return all methods by name, loading their modules on first use."""
+    for module in METHOD_MODULES:
+        importlib.import_module(module)
+    return dict(sorted(_METHODS.items()))
+
+
+def get(name: str) -> Method:
+    """Return the record of a method.
+
+    Raises:
+        ValueError: no such method; the message lists those there are.
+    """
+    found = methods()
+    if name not in found:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(found)}")
+    return found[name]
+
+
+def config_class(name: Any) -> type[LowBitConfig]:
+    """Return the config class of a method name found in a file; "recipe" is the composite."""
+    from hf_lowbit.recipe import LowBitRecipe
+
+    known: dict[str, type[LowBitConfig]] = {key: method.config for key, method in methods().items()}
+    known[LowBitRecipe.method] = LowBitRecipe
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(known)}")
+    return known[name]
