@@ -80,12 +80,12 @@ class PackedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move the packed tensors, but never cast them: ``.to(bfloat16)`` on a model must not round stored scales."""
-        before = dict(self.packed_tensors())
+        before = {name: parameter.data for name, parameter in self.packed_tensors()}  # fn may replace .data in place
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._parameters[name]
             if new is not None and new.dtype != old.dtype:
-                self._parameters[name] = nn.Parameter(old.detach().to(new.device), requires_grad=False)
+                self._parameters[name] = nn.Parameter(old.to(new.device), requires_grad=False)
         return self
 
     def extra_repr(self) -> str:

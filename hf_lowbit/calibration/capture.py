@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -149,13 +149,16 @@ def output_wrapper(output: Any) -> Wrap:
 
 
 @contextlib.contextmanager
-def collect_stats(linears: dict[str, nn.Linear]) -> Iterator[dict[str, LinearStats]]:
+def collect_stats(
+    linears: dict[str, nn.Linear], batch_sizes: Sequence[int] | None = None
+) -> Iterator[dict[str, LinearStats]]:
     """Gather the inputs of linear layers while blocks run within the ``with`` statement.
 
     Layers that receive the very same tensor (query, key and value; gate and up) share one second moment.
 
     Args:
         linears: layers by full name.
+        batch_sizes: sequences in each batch, for models that flatten them; by default the leading dimension counts.
 
     Yields:
         Statistics by name; complete when the statement ends.
@@ -163,6 +166,7 @@ def collect_stats(linears: dict[str, nn.Linear]) -> Iterator[dict[str, LinearSta
     stats: dict[str, LinearStats] = {}
     seen: dict[str, Tensor] = {}  # last input by name of the layer that owns the statistics
     owner: dict[str, str] = {}
+    calls = dict.fromkeys(linears, 0)
     handles = []
 
     def hook(name: str) -> Callable[..., None]:
@@ -176,8 +180,11 @@ def collect_stats(linears: dict[str, nn.Linear]) -> Iterator[dict[str, LinearSta
                 else:
                     stats[name] = stats[owner[name]]
             if owner[name] == name:
-                stats[name].update(inputs, stats[name].sequences)
+                stats[name].update(
+                    inputs, None if batch_sizes is None else batch_sizes[calls[name] % len(batch_sizes)]
+                )
                 seen[name] = inputs
+                calls[name] += 1
             elif twin != owner[name]:
                 raise UnsupportedModelError(f"{name}: shares its input with {owner[name]} in some batches only")
 

@@ -27,20 +27,25 @@ class LinearStats:
         self.tokens = 0
         self.sequences = 0
 
-    def update(self, inputs: Tensor, first_sample: int = 0) -> None:
-        """Add a batch of inputs, (..., in_features); leading dimension 0 counts sequences.
+    def update(self, inputs: Tensor, sequences: int | None = None) -> None:
+        """Add a batch of inputs.
+
+        Args:
+            inputs: (..., in_features), floating.
+            sequences: how many sequences they come from; by default the leading dimension. Some models flatten it.
 
         Raises:
             CalibrationError: the inputs hold NaN or infinity; layer and sample are named.
         """
+        sequences = inputs.shape[0] if sequences is None else sequences
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        # one reduction that NaN and infinity both survive is cheaper than isfinite over the whole batch
-        if not bool(torch.isfinite(rows.abs().max())) if rows.numel() else False:
-            bad = [first_sample + i for i, sample in enumerate(inputs) if not bool(torch.isfinite(sample).all())]
-            raise CalibrationError(f"{self.name}: inputs hold NaN or infinity in calibration sample {bad[0]}")
+        if rows.numel() and not bool(torch.isfinite(rows.abs().max())):  # max hands on both NaN and infinity
+            bad = int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
+            sample = self.sequences + bad * sequences // rows.shape[0]
+            raise CalibrationError(f"{self.name}: inputs hold NaN or infinity in calibration sample {sample}")
         self.total.addmm_(rows.T, rows)
         self.tokens += rows.shape[0]
-        self.sequences += inputs.shape[0]
+        self.sequences += sequences
 
     def second_moment(self) -> Tensor:
         """Return ``H = (2 / sequences) Σ x xᵀ``, (in_features, in_features), float32.

@@ -24,7 +24,7 @@ from hf_lowbit.calibration import capture
 from hf_lowbit.calibration.data import calibration_tokens
 from hf_lowbit.calibration.stats import LinearStats
 from hf_lowbit.compress.source import CheckpointSource
-from hf_lowbit.compress.targets import Targets, select
+from hf_lowbit.compress.targets import Targets, plan_run
 from hf_lowbit.config import CalibratedConfig, CalibrationRecord, LowBitConfig
 from hf_lowbit.formats import Format
 from hf_lowbit.layers import PackedLinear
@@ -204,7 +204,7 @@ class Run:
     ) -> None:
         linears = {name: self.linear(name) for name in names}
         needy = {name: m for name, m in linears.items() if self.targets.methods[name].needs != "none"}
-        with capture.collect_stats(needy) as stats:
+        with capture.collect_stats(needy, [len(states) for states in hidden]) as stats:
             if needy:
                 for _ in capture.run_block(block, hidden, calls):
                     pass
@@ -285,8 +285,7 @@ def compress_model(
     """
     began = time.perf_counter()
     calibrated = check_calibration(config)
-    blocks = capture.find_blocks(model) if calibrated else None
-    targets = select(model, config, None if blocks is None else list(blocks))
+    blocks, targets = plan_run(model, config, calibrated is not None)
     run = Run(model, config, targets, source)
     run.check_weights()
     record: CalibrationRecord | None = None

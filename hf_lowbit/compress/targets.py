@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowbit.calibration import capture
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import UnsupportedModelError
 from hf_lowbit.recipe import matches, rules_of
@@ -25,6 +26,20 @@ class Targets:
 
     methods: dict[str, LowBitConfig]
     dense: dict[str, str]
+
+
+def plan_run(model: nn.Module, config: LowBitConfig, calibrated: bool) -> tuple[dict[str, nn.Module] | None, Targets]:
+    """Return the decoder blocks (None for a run without data) and what is compressed.
+
+    Raises:
+        UnsupportedModelError: nothing can be compressed, or a calibrated run finds no single list of blocks.
+        ValueError: a skip pattern or a rule matches no module.
+    """
+    targets = select(model, config, None)
+    if not calibrated:
+        return None, targets
+    blocks = capture.find_blocks(model)
+    return blocks, select(model, config, list(blocks))
 
 
 def default_skips(model: nn.Module) -> dict[str, str]:

@@ -19,10 +19,9 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto as registry_of_transformers
 from transformers.quantizers.base import HfQuantizer
 
-from hf_lowbit.calibration import capture
 from hf_lowbit.compress import CheckpointSource, compress_model
 from hf_lowbit.compress.engine import RunReport, check_calibration
-from hf_lowbit.compress.targets import select
+from hf_lowbit.compress.targets import plan_run
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig, calibration_kind
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.formats import FORMATS
@@ -84,9 +83,7 @@ class LowBitHfQuantizer(HfQuantizer):
             self._build_skeleton(model, files)
             return model
         config = self.quantization_config
-        calibrated = check_calibration(config)
-        blocks = list(capture.find_blocks(model)) if calibrated else None
-        targets = select(model, config, blocks)  # also the early refusal of bad patterns
+        _, targets = plan_run(model, config, check_calibration(config) is not None)  # refuses bad patterns early
         if files and len(files) == len(checkpoint_files or []):
             self._source = CheckpointSource(files, getattr(model, "base_model_prefix", ""))
             self._deferred = {

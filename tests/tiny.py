@@ -1,0 +1,61 @@
+"""Tiny models of real architectures, built from a config with random weights; for structure, never for quality."""
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCABULARY = 128
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GATED = {**_COMMON, "intermediate_size": 96, "num_key_value_heads": 2}
+
+# architecture -> (config class, causal model class, arguments)
+ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", _GATED),
+    "llama-tied": ("LlamaConfig", "LlamaForCausalLM", {**_GATED, "tie_word_embeddings": True}),
+    "llama-bias": ("LlamaConfig", "LlamaForCausalLM", {**_GATED, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _GATED),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_GATED, "head_dim": 16}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**_GATED, "sliding_window": 8}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            **_GATED,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "phi": ("PhiConfig", "PhiForCausalLM", {**_COMMON, "intermediate_size": 96}),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**_COMMON, "intermediate_size": 96}),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {**_COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0},
+    ),
+}
+
+
+def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """Return a tiny model in evaluation mode; the same weights every time."""
+    config_class, model_class, arguments = ARCHITECTURES[architecture]
+    config = getattr(transformers, config_class)(**{**arguments, **changes})
+    torch.manual_seed(0)
+    return getattr(transformers, model_class)(config).to(dtype).eval()
+
+
+def tokens(samples: int = 4, length: int = 24) -> torch.Tensor:
+    """Return (samples, length) token ids, the same every time."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(3, VOCABULARY, (samples, length), generator=generator)
