@@ -167,7 +167,9 @@ class Run:
             with open(self.options.report, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         shown = row["weight_error"] if error is None else error
-        self.bar.set_postfix_str(f"{_short(name)} error {shown:.4f}, {row['resident_bytes'] / 2**30:.2f} GiB", False)
+        self.bar.set_postfix_str(
+            f"{_short(name)} error {shown:.4f}, {row['seconds']:.1f} s, {row['resident_bytes'] / 2**30:.2f} GiB", False
+        )
         self.bar.update()
 
     def without_data(self) -> None:
@@ -287,6 +289,9 @@ def compress_model(
     calibrated = check_calibration(config)
     blocks, targets = plan_run(model, config, calibrated is not None)
     run = Run(model, config, targets, source)
+    if targets.unwanted:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in targets.unwanted.items())
+        logger.warning("%d layers stay dense although nothing skips them (%s)", len(targets.unwanted), listed)
     run.check_weights()
     record: CalibrationRecord | None = None
     was_training = model.training

@@ -22,10 +22,12 @@ class Targets:
     Attributes:
         methods: config of the method for each module that is compressed, in model order.
         dense: reason for each linear-like module that is not.
+        unwanted: those of ``dense`` that nobody asked to leave dense; the user is warned of them.
     """
 
     methods: dict[str, LowBitConfig]
     dense: dict[str, str]
+    unwanted: dict[str, str]
 
 
 def plan_run(model: nn.Module, config: LowBitConfig, calibrated: bool) -> tuple[dict[str, nn.Module] | None, Targets]:
@@ -74,6 +76,7 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
     fp32 = sorted(getattr(model, "_keep_in_fp32_modules", None) or ())
     methods: dict[str, LowBitConfig] = {}
     dense: dict[str, str] = {}
+    unwanted: dict[str, str] = {}
     for name, module in model.named_modules():
         reason = _why_unsupported(module)
         if reason is None:
@@ -86,19 +89,19 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
             dense[name] = f"skip pattern {pattern!r}"
         elif any(part in fp32 for part in name.split(".")):
             dense[name] = FP32
-        elif reason:
-            dense[name] = reason
         elif rule is None:
             dense[name] = "no rule of the recipe matches"
+        elif reason:
+            dense[name] = unwanted[name] = reason
         elif blocks is not None and not any(name.startswith(f"{block}.") for block in blocks):
-            dense[name] = "outside the decoder blocks"
+            dense[name] = unwanted[name] = "outside the decoder blocks"
         else:
             methods[name] = rule
     _refuse_idle_patterns(model, config)
     if not methods:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:5])
         raise UnsupportedModelError(f"nothing to compress in {type(model).__name__} ({listed or 'no linear layers'})")
-    return Targets(methods, dense)
+    return Targets(methods, dense, unwanted)
 
 
 def _why_unsupported(module: nn.Module) -> str | None:

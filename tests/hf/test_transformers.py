@@ -383,6 +383,35 @@ def test_unsupported_layers_are_named(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quick())
 
 
+def test_fused_experts_stay_dense_and_are_named(tmp_path, caplog):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=quick())
+    assert "model.layers.0.mlp.experts: fused weights of MixtralExperts" in caplog.text
+    assert {name.rpartition(".")[2] for name in packed_modules(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    model.save_pretrained(tmp_path / "packed")
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")).equal(logits(model))
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
+def test_device_maps(dense_path, packed_path, device_map):
+    model = AutoModelForCausalLM.from_pretrained(dense_path, quantization_config=quick(), device_map=device_map)
+    loaded = AutoModelForCausalLM.from_pretrained(packed_path, device_map=device_map)
+    assert logits(model).equal(logits(loaded))
+
+
+def test_packed_layers_can_be_offloaded_to_disk(packed_path, tmp_path):
+    parts = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+    device_map = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(packed_path, device_map=device_map, offload_folder=tmp_path)
+    assert logits(model).equal(logits(AutoModelForCausalLM.from_pretrained(packed_path)))
+
+
 def test_encoder_decoder_needs_no_data(tmp_path):
     from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 

@@ -1,0 +1,155 @@
+"""Renders the tables of README.md and benchmarks/README.md from the result files; no figure is typed by hand.
+
+    python -m benchmarks.report            # rewrite the tables
+    python -m benchmarks.report --check    # fail if a table differs from its result files (a test does this)
+
+A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT, read_results
+
+# result file -> (name in the table, published perplexity of LLaMA-7B on WikiText2: arXiv 2410.03129, Tables 1 and 4)
+QUALITY = {
+    "dense": ("dense bfloat16", "5.68"),
+    "rounding": ("plain 1-bit rounding", "–"),
+    "billm": ("BiLLM-style baseline", "49.79"),
+    "billm-exact": ("BiLLM-style, exact compensation", "–"),
+    "arb": ("ARB", "22.67"),
+    "x": ("ARB-X without CGB", "26.29"),
+    "x-cgb": ('ARB-LLM_X (`variant="x"`)', "21.81"),
+    "rc": ("ARB-RC without CGB", "15.85"),
+    "rc-cgb-reference": ("ARB-LLM_RC, published compensation", "14.03"),
+    "rc-cgb-3-iterations": ("ARB-LLM_RC, 3 iterations", "14.34"),
+    "rc-cgb": ("**ARB-LLM_RC** (default)", "–"),
+}
+SHORT = ("dense", "rounding", "billm", "x-cgb", "rc-cgb")
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}f}"
+
+
+def _quality_rows(names: tuple[str, ...], full: bool) -> list[list[str]]:
+    results = read_results("quality")
+    rows = []
+    for name in names:
+        if name not in results:
+            continue
+        result, (title, published) = results[name], QUALITY[name]
+        errors = result.get("errors") or {}
+        error = sum(errors.values()) / len(errors) if errors else None
+        row = [
+            title,
+            _number(result["perplexity"], 1),
+            _number(result.get("bits_per_weight", 16.0), 2),
+            _number(result["bytes"] / 1e6, 1),
+        ]
+        if full:
+            # plain rounding runs without data: what is recorded is the error of the weights, not of the output
+            row += [_number(error, 4) + (" (weights)" if name == "rounding" else "")]
+            row += [_number(result.get("salient_share"), 3), _number(result.get("seconds"), 0)]
+        rows.append([*row, published])
+    return rows
+
+
+def quality_short() -> str:
+    """Return the table of README."""
+    header = ["SmolLM2-135M-Instruct", "perplexity", "bits per weight", "MB on disk", "paper, LLaMA-7B"]
+    return _table(header, _quality_rows(SHORT, full=False))
+
+
+def quality_full() -> str:
+    """Return the table of all variants."""
+    header = [
+        "SmolLM2-135M-Instruct", "perplexity", "bits per weight", "MB on disk", "output error", "salient share",
+        "seconds", "paper, LLaMA-7B",
+    ]  # fmt: skip
+    return _table(header, _quality_rows(tuple(QUALITY), full=True))
+
+
+def _errors(row: dict[str, Any]) -> str:
+    return f"{row['weight_error']:.3f} / {row['output_error']:.4f}"
+
+
+def layers() -> str:
+    """Return one table per measured block: output error of every variant for every linear."""
+    parts = []
+    for result in sorted(read_results("quality_layers").values(), key=lambda result: result["block"]):
+        kinds = result["linears"]
+        variants = list(next(iter(kinds.values())))
+        rows = [[variant, *(_errors(kind[variant]) for kind in kinds.values())] for variant in variants]
+        parts.append(f"Block {result['block']}:\n\n" + _table(["variant", *kinds], rows))
+    return "\n\n".join(parts)
+
+
+def setup() -> str:
+    """Return one line on how the quality figures were taken."""
+    result = read_results("quality").get("rc-cgb")
+    if result is None:
+        return "Not measured yet."
+    environment = result["environment"]
+    return (
+        f"{result['calibration'][0]} × {result['calibration'][1]} tokens of Wikipedia articles for calibration, "
+        f"{result['heldout'][0]} × {result['heldout'][1]} of other articles for measuring; "
+        f"{environment['cpu']}, {environment['threads']} thread, torch {environment['packages']['torch']}, "
+        f"commit {environment['commit']}."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality-short": quality_short,
+    "quality-full": quality_full,
+    "quality-setup": setup,
+    "quality-layers": layers,
+}
+
+
+def rendered(text: str) -> str:
+    """Return a document with every table replaced by its current form."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"<!-- begin {name} -->\n{TABLES[name]()}\n<!-- end {name} -->"
+
+    return re.sub(r"<!-- begin (?P<name>[\w-]+) -->\n.*?<!-- end (?P=name) -->", replace, text, flags=re.DOTALL)
+
+
+def documents() -> dict[Path, str]:
+    """Return the documents with tables and what each should read."""
+    paths = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+    return {path: rendered(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def main() -> Any:
+    """Parse arguments; rewrite or compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    stale = [path for path, text in documents().items() if path.read_text(encoding="utf-8") != text]
+    if arguments.check:
+        return (
+            f"out of date: {', '.join(path.name for path in stale)}; run python -m benchmarks.report" if stale else 0
+        )
+    for path, text in documents().items():
+        path.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
