@@ -23,17 +23,18 @@ _SOURCES = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test", "text"),
     "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "train", "test", "sentence"),
 }
+# Taken from the start of a dataset: about two million tokens, eight times what the largest published run used.
+_DATASET_CHARACTERS = 8_000_000
 _TEXT_SUFFIXES = (".txt", ".md", ".text")
 
 
-def load_texts(data: Any, heldout: bool = False, limit: int = 20_000) -> list[str]:
+def load_texts(data: Any, heldout: bool = False) -> list[str]:
     """Return the documents of a text source.
 
     Args:
         data: a name in ``DATASETS``, a text file (documents separated by blank lines), a folder of text files (one
             document each, sorted by name), or a list of strings.
         heldout: for a dataset, take the split meant for evaluation.
-        limit: most documents taken from a dataset.
 
     Raises:
         CalibrationError: the source is missing, unreadable or empty, or a dataset cannot be had.
@@ -42,7 +43,7 @@ def load_texts(data: Any, heldout: bool = False, limit: int = 20_000) -> list[st
         texts = [text for text in data if text.strip()]
         where = "the list of texts"
     elif data in DATASETS:
-        texts, where = _dataset_texts(data, heldout, limit), f"dataset {data!r}"
+        texts, where = _dataset_texts(data, heldout), f"dataset {data!r}"
     else:
         path = Path(data)
         where = f"calibration text {path.name!r}"
@@ -68,7 +69,7 @@ def _read(path: Path) -> str:
         raise CalibrationError(f"cannot read {path.name!r} as UTF-8 text: {error}") from error
 
 
-def _dataset_texts(name: str, heldout: bool, limit: int) -> list[str]:
+def _dataset_texts(name: str, heldout: bool) -> list[str]:
     repository, configuration, train, test, column = _SOURCES[name]
     try:
         import datasets
@@ -81,7 +82,13 @@ def _dataset_texts(name: str, heldout: bool, limit: int) -> list[str]:
         rows: Iterable[Any] = datasets.load_dataset(
             repository, configuration, split=test if heldout else train, streaming=True
         )
-        return [row[column] for _, row in zip(range(limit), rows, strict=False)]
+        texts, characters = [], 0
+        for row in rows:
+            texts.append(row[column])
+            characters += len(row[column])
+            if characters > _DATASET_CHARACTERS:
+                break
+        return texts
     except Exception as error:  # network, hub and parser errors have no common base
         raise CalibrationError(
             f"dataset {name!r} could not be loaded ({type(error).__name__}); without a network, pass a text file, "

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoTokenizer
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto as registry_of_transformers
 from transformers.quantizers.base import HfQuantizer
@@ -261,6 +260,8 @@ def _tokenizer_for(config: LowBitConfig, model: Any) -> Any:
         return None
     if config.run.tokenizer is not None:
         return config.run.tokenizer
+    from transformers import AutoTokenizer  # here: the package may be imported while transformers itself still is
+
     return AutoTokenizer.from_pretrained(model.config._name_or_path)
 
 
