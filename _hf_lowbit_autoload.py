@@ -63,9 +63,14 @@ class Finder(importlib.abc.MetaPathFinder):
         return None
 
 
-def autoload():
-    """Install the finder; the entry point that torch calls."""
-    with contextlib.suppress(Exception):
-        if os.environ.get("HF_LOWBIT_AUTOLOAD", "1") == "0" or any(isinstance(f, Finder) for f in sys.meta_path):
-            return
+def install():
+    """Put the finder in front of the others, once; ``import hf_lowbit`` does so too."""
+    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder())
+
+
+def autoload():
+    """Install the finder unless that is switched off; the entry point that torch calls."""
+    with contextlib.suppress(Exception):
+        if os.environ.get("HF_LOWBIT_AUTOLOAD", "1") != "0":
+            install()

@@ -1,23 +1,47 @@
-"""Eight published compression methods behind ``quantization_config``, with packed storage and honest sizes.
+"""Published compression methods behind ``quantization_config``, with packed storage and honest sizes.
 
 >>> import hf_lowbit                                            # registers with transformers
 >>> from hf_lowbit import ARBConfig
->>> config = ARBConfig(variant="rc", calibration="wikitext2")
+>>> config = ARBConfig(variant="rc", calibration="wikitext2")  # doctest: +SKIP
 >>> model = AutoModelForCausalLM.from_pretrained("org/model", quantization_config=config)  # doctest: +SKIP
 >>> model.save_pretrained("model-1bit")  # doctest: +SKIP
 >>> model = AutoModelForCausalLM.from_pretrained("model-1bit")  # doctest: +SKIP
+
+Importing is quick and silent: names are loaded when they are first used, and the package registers when transformers
+loads its quantizers, or at once if it has done so already.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-from hf_lowbit.config import CalibrationRecord, LowBitConfig, RunOptions
-from hf_lowbit.errors import CalibrationError, CheckpointError, HfLowbitError, UnsupportedModelError
-from hf_lowbit.hf.transformers import quantize, register
-from hf_lowbit.layers import PackedLinear, packed_modules
-from hf_lowbit.methods.arb import ARBConfig
-from hf_lowbit.recipe import LowBitRecipe
+if TYPE_CHECKING:
+    from hf_lowbit.config import CalibrationRecord, LowBitConfig, RunOptions
+    from hf_lowbit.errors import CalibrationError, CheckpointError, HfLowbitError, UnsupportedModelError
+    from hf_lowbit.hf.transformers import quantize, register
+    from hf_lowbit.layers import PackedLinear, packed_modules
+    from hf_lowbit.methods.arb import ARBConfig
+    from hf_lowbit.recipe import LowBitRecipe
+
+_HOMES = {
+    "ARBConfig": "methods.arb",
+    "CalibrationError": "errors",
+    "CalibrationRecord": "config",
+    "CheckpointError": "errors",
+    "HfLowbitError": "errors",
+    "LowBitConfig": "config",
+    "LowBitRecipe": "recipe",
+    "PackedLinear": "layers",
+    "RunOptions": "config",
+    "UnsupportedModelError": "errors",
+    "packed_modules": "layers",
+    "quantize": "hf.transformers",
+    "register": "hf.transformers",
+}
 
 __all__ = [
     "ARBConfig",
@@ -35,4 +59,27 @@ __all__ = [
     "register",
 ]
 
-register()
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+def _register_when_ready() -> None:
+    """Register now if transformers has its quantizers, else as soon as it does."""
+    if "transformers.modeling_utils" in sys.modules:
+        __getattr__("register")()
+        return
+    from _hf_lowbit_autoload import install
+
+    install()
+
+
+_register_when_ready()

@@ -106,6 +106,7 @@ class LowBitConfig(QuantizationConfigMixin):
         skip: module patterns to leave dense, besides the defaults (output head, embeddings, tied weights). A pattern
             is a dotted name or a glob; it matches a module, or any module below it.
         modules: filled by compression: for each packed module its method, format, spec and error.
+        left_dense: filled by compression: for each other linear-like module why it is dense.
         run: behaviour of the run on this machine; not saved.
     """
 
@@ -115,6 +116,7 @@ class LowBitConfig(QuantizationConfigMixin):
 
     skip: tuple[str, ...] = ()
     modules: Mapping[str, Mapping[str, Any]] | None = None
+    left_dense: Mapping[str, str] | None = None
     run: RunOptions = dataclasses.field(default=RunOptions(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -155,6 +157,9 @@ class LowBitConfig(QuantizationConfigMixin):
             found.append(f"skip must be a list of non-empty strings, got {self.skip!r}")
         if self.modules is not None:
             found += _module_table_problems(self.modules)
+        reasons = self.left_dense
+        if reasons is not None and not (isinstance(reasons, Mapping) and all(_is_text(*i) for i in reasons.items())):
+            found.append("left_dense must map module names to reasons")
         if not isinstance(self.run, RunOptions):
             found.append(f"run must be RunOptions, got {self.run!r}")
         elif type(self.run.batch_size) is not int or self.run.batch_size < 1:
@@ -167,6 +172,8 @@ class LowBitConfig(QuantizationConfigMixin):
         values["skip"] = list(self.skip)
         if self.modules is not None:
             values["modules"] = {name: dict(row) for name, row in self.modules.items()}
+        if self.left_dense is not None:
+            values["left_dense"] = dict(self.left_dense)
         return values
 
     def to_dict(self) -> dict[str, Any]:
@@ -229,6 +236,10 @@ class LowBitConfig(QuantizationConfigMixin):
 def _unknown_key(key: str, known: set[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     return f"unknown key {key!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
+
+
+def _is_text(*values: Any) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 _MODULE_KEYS = {"method": str, "format": str, "spec": Mapping, "error": float}

@@ -71,7 +71,7 @@ class LowBitRecipe(LowBitConfig):
             pattern, config = pair
             if not isinstance(config, LowBitConfig) or isinstance(config, LowBitRecipe):
                 found.append(f"rule {pattern!r} must hold the config of a method, got {type(config).__name__}")
-            elif config.skip or config.modules is not None:
+            elif config.skip or config.modules is not None or config.left_dense is not None:
                 found.append(f"rule {pattern!r}: put skip on the recipe, not on a rule")
             if pattern in seen:
                 found.append(f"rule {pattern!r} is given twice")

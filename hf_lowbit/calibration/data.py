@@ -46,7 +46,7 @@ def load_texts(data: Any, heldout: bool = False) -> list[str]:
         texts, where = _dataset_texts(data, heldout), f"dataset {data!r}"
     else:
         path = Path(data)
-        where = f"calibration text {path.name!r}"
+        where = f"text {path.name!r}"
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix in _TEXT_SUFFIXES)
             texts = [_read(file) for file in files]
@@ -54,7 +54,7 @@ def load_texts(data: Any, heldout: bool = False) -> list[str]:
             texts = _read(path).split("\n\n")
         else:
             raise CalibrationError(
-                f"calibration {str(data)!r} is neither a file or folder nor a known dataset ({', '.join(DATASETS)})"
+                f"text source {str(data)!r} is neither a file or folder nor a known dataset ({', '.join(DATASETS)})"
             )
         texts = [text for text in texts if text.strip()]
     if not texts:
@@ -75,7 +75,7 @@ def _dataset_texts(name: str, heldout: bool) -> list[str]:
         import datasets
     except ImportError as error:
         raise CalibrationError(
-            f"calibration {name!r} needs the `datasets` package (pip install 'hf-lowbit[eval]'); "
+            f"dataset {name!r} needs the `datasets` package (pip install 'hf-lowbit[eval]'); "
             "a text file or a list of strings works without it"
         ) from error
     try:
@@ -92,7 +92,7 @@ def _dataset_texts(name: str, heldout: bool) -> list[str]:
     except Exception as error:  # network, hub and parser errors have no common base
         raise CalibrationError(
             f"dataset {name!r} could not be loaded ({type(error).__name__}); without a network, pass a text file, "
-            "a folder or a list of strings as calibration"
+            "a folder or a list of strings instead"
         ) from error
 
 

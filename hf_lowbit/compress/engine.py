@@ -313,11 +313,13 @@ def compress_model(
     model.train(was_training)
     report = RunReport(run.rows, targets.dense, time.perf_counter() - began)
     logger.info(report.summary())
-    return _finished(config, run.table, record), report
+    return _finished(config, run.table, targets.dense, record), report
 
 
-def _finished(config: LowBitConfig, table: dict[str, Any], record: CalibrationRecord | None) -> LowBitConfig:
-    """Return the config as it is saved: with the module table, and with a record instead of the data."""
+def _finished(
+    config: LowBitConfig, table: dict[str, Any], dense: dict[str, str], record: CalibrationRecord | None
+) -> LowBitConfig:
+    """Return the config as it is saved: with the tables of the run, and with a record instead of the data."""
 
     def recorded(rule: Any) -> Any:
         known = isinstance(rule, CalibratedConfig) and rule.needs != "none"
@@ -325,5 +327,5 @@ def _finished(config: LowBitConfig, table: dict[str, Any], record: CalibrationRe
 
     if isinstance(config, LowBitRecipe):
         rules = tuple((pattern, recorded(rule)) for pattern, rule in config.rules)
-        return dataclasses.replace(config, rules=rules, modules=table)
-    return dataclasses.replace(recorded(config), modules=table)
+        return dataclasses.replace(config, rules=rules, modules=table, left_dense=dense)
+    return dataclasses.replace(recorded(config), modules=table, left_dense=dense)

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from hf_lowbit.compress.headers import read_headers
 from hf_lowbit.errors import CheckpointError
 
 
@@ -32,11 +33,7 @@ class CheckpointSource:
         self._file_of: dict[str, Path] = {}
         self._prefix = base_prefix
         for file in map(Path, files):
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    self._file_of.update(dict.fromkeys(handle.keys(), file))
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{file.name}: not a readable safetensors file: {error}") from error
+            self._file_of.update(dict.fromkeys(read_headers(file), file))
 
     def locate(self, name: str) -> str | None:
         """Return the checkpoint's key for a parameter of the model, None if there is none."""

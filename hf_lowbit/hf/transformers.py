@@ -12,7 +12,6 @@ import logging
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto as registry_of_transformers
@@ -20,10 +19,10 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_lowbit.compress import CheckpointSource, compress_model
 from hf_lowbit.compress.engine import RunReport, check_calibration
+from hf_lowbit.compress.headers import TensorHeader, compare, packed_layer_spec, read_headers
 from hf_lowbit.compress.targets import plan_run
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig, calibration_kind
 from hf_lowbit.errors import CheckpointError
-from hf_lowbit.formats import FORMATS
 from hf_lowbit.layers import PackedLinear, packed_modules
 
 logger = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ class LowBitHfQuantizer(HfQuantizer):
 
     def _build_skeleton(self, model: Any, files: list[str]) -> None:
         """Put empty packed layers where the config's module table says, after comparing it with the files' headers."""
-        headers = _headers(files)
+        headers = {key: tensor for file in files for key, tensor in read_headers(file).items()}
         problems = []
         for stored, row in (self.quantization_config.modules or {}).items():
             name = _name_in(model, stored)
@@ -103,12 +102,9 @@ class LowBitHfQuantizer(HfQuantizer):
                 problems.append(f"{stored}: the model has no linear layer of this name")
                 continue
             try:
-                layer = _empty_layer(stored, row, linear)
+                model.set_submodule(name, _empty_layer(stored, row, linear, headers))
             except ValueError as error:
                 problems.append(str(error))
-                continue
-            problems += _header_problems(stored, layer, headers)
-            model.set_submodule(name, layer)
         if problems:
             raise CheckpointError(
                 "; ".join(problems[:10]) + ("" if len(problems) <= 10 else f"; {len(problems) - 10} more")
@@ -162,43 +158,6 @@ class LowBitHfQuantizer(HfQuantizer):
         return model
 
 
-def _headers(files: list[str]) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    """Return ``{key: (file name, shape, dtype)}`` of all files; nothing but headers is read."""
-    found = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():
-                part = handle.get_slice(key)
-                found[key] = (str(file).rpartition("/")[2], tuple(part.get_shape()), part.get_dtype())
-    return found
-
-
-_SAFETENSORS_DTYPES = {
-    torch.uint8: "U8",
-    torch.int32: "I32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-}
-
-
-def _header_problems(
-    stored: str, layer: PackedLinear, headers: dict[str, tuple[str, tuple[int, ...], str]]
-) -> list[str]:
-    """Compare what a layer expects with what the files hold. Files that are not safetensors have no headers here."""
-    problems = []
-    for name, parameter in layer.packed_tensors() if headers else ():
-        key = f"{stored}.{name}"
-        if key not in headers:
-            problems.append(f"{key}: missing from the checkpoint")
-            continue
-        file, shape, dtype = headers[key]
-        want = tuple(parameter.shape), _SAFETENSORS_DTYPES[parameter.dtype]
-        if (shape, dtype) != want:
-            problems.append(f"{key} in {file}: is {dtype} {list(shape)}, config.json says {want[1]} {list(want[0])}")
-    return problems
-
-
 def _name_in(model: Any, stored: str) -> str | None:
     """Return the name that a stored module has in this model: a base model lacks the prefix, a head model has it."""
     prefix = getattr(model, "base_model_prefix", "")
@@ -214,16 +173,23 @@ def _belongs_to_other_part(model: Any, stored: str) -> bool:
     return is_base and not stored.startswith(f"{prefix}.")
 
 
-def _empty_layer(name: str, row: Any, linear: nn.Linear) -> PackedLinear:
-    if row["format"] not in FORMATS:
-        raise ValueError(f"{name}: unknown format {row['format']!r}; known: {', '.join(FORMATS)}")
-    format_type = FORMATS[row["format"]]
-    spec = format_type.spec_type.from_json(dict(row["spec"]), name)
+def _empty_layer(name: str, row: Any, linear: nn.Linear, headers: dict[str, TensorHeader]) -> PackedLinear:
+    """Return the packed layer of a row in the module table, on ``meta``.
+
+    Files that are not safetensors have no headers here; transformers then compares the shapes.
+
+    Raises:
+        ValueError: the row, the model's layer and the files' headers disagree.
+    """
+    format_type, spec = packed_layer_spec(name, row)
     if (spec.out_features, spec.in_features) != (linear.out_features, linear.in_features):
         raise ValueError(
             f"{name}: stored as {spec.out_features} x {spec.in_features}, "
             f"the model's layer is {linear.out_features} x {linear.in_features}"
         )
+    _, problems = compare(name, format_type, spec, headers) if headers else (set(), [])
+    if problems:
+        raise ValueError("; ".join(problems))
     return PackedLinear.empty_like(linear, format_type, spec)
 
 

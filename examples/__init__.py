@@ -1,0 +1,1 @@
+"""Examples that run as they are, each with ``python -m examples.<name>``."""

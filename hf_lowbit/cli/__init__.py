@@ -1,0 +1,335 @@
+"""The command line, ``hf-lowbit``.
+
+Heavy libraries are imported inside the commands, so that help is quick. What a user can get wrong ends in one red line
+and exit code 2; the hidden ``--debug`` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    name="hf-lowbit",
+    help="Compress Hugging Face models to about a bit per weight, look at what came out, and measure it.\n\n"
+    "Start with: [bold]hf-lowbit methods[/bold], then hf-lowbit quantize --help",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Debug = Annotated[bool, typer.Option("--debug", hidden=True, help="Show the traceback of an error.")]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: sizes in bytes, shares and errors from 0 to 1.")]
+Packed = Annotated[str, typer.Argument(metavar="PATH", help="Folder of a model, or its name on the Hub.")]
+
+
+def _command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose expected errors end in one line."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            from hf_lowbit.errors import HfLowbitError
+
+            try:
+                function(*args, **kwargs)
+            except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+                raise
+            except (ValueError, HfLowbitError, OSError) as error:
+                if kwargs.get("debug"):
+                    raise
+                line = " ".join(str(error).split())
+                Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error: {escape(line)}[/red]")
+                raise typer.Exit(2) from error
+
+        return app.command(**settings)(run)
+
+    return decorate
+
+
+def _show(text: str) -> None:
+    """Print a line as it is: no markup, no wrapping."""
+    Console(soft_wrap=True, highlight=False, markup=False).print(text)
+
+
+def _show_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _show_tables(tables: list[Any]) -> None:
+    console = Console()
+    for table in tables:
+        console.print(table)
+        console.print()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from hf_lowbit import __version__
+
+        typer.echo(f"hf-lowbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+@_command()
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Dense model: a folder, or its name on the Hub.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to be made.")],
+    method: Annotated[str | None, typer.Option(help="Name of a method, see `hf-lowbit methods`.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the method; may be repeated.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Config or recipe instead of a method.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Modules to leave dense, such as '*.down_proj'.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE|FOLDER|none",
+            help="Text to calibrate on: c4, wikitext2 or ptb (need a network), a text file or folder, or none.",
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the calibration sample.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Calibration sequences per forward pass.")] = 4,
+    dtype: Annotated[
+        str, typer.Option(help="auto (as stored), float32, bfloat16 or float16: what is not packed.")
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file; KB, MB, GB or TB.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model saved there before.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compress a dense model and save it.
+
+    The model is calibrated and compressed block by block, so memory holds the packed part and one dense block.
+    OUT appears when everything is written; an interrupted run leaves nothing behind.
+
+    Example:
+
+    hf-lowbit quantize org/model model-1bit --method arb --calibration notes.txt
+
+    Quicker: --samples 32 --sequence-length 512 --option iterations=3. Without data (much worse): --calibration none.
+    """
+    from hf_lowbit.cli.options import config_of
+    from hf_lowbit.config import RunOptions
+    from hf_lowbit.hf.save import check_shard_size, check_target, save_model
+
+    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "calibration": calibration}
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if calibration == "none":
+        fields["calibration"] = None
+    config = config_of(method, option or [], recipe, skip or [], fields, RunOptions(batch_size=batch_size))
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_shard_size(max_shard_size)
+    target = check_target(out, overwrite)
+    if Path(model).exists() and Path(model).resolve() == target:
+        raise ValueError(f"{out}: is the dense model itself; choose another folder")
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_lowbit.report.inspect import inspect as inspect_folder
+    from hf_lowbit.report.tables import inspection_json, size_text
+
+    _require_model(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    packed: Any = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=dtype)
+    report = packed.hf_quantizer.report
+    save_model(packed, out, tokenizer, report.rows, overwrite, max_shard_size)
+    inspection = inspect_folder(out)
+    if as_json:
+        content = {"seconds": report.seconds, "left_dense": report.dense}
+        _show_json({**content, **inspection_json(inspection, layers=False)})
+        return
+    _show(report.summary())
+    _show(
+        f"saved to {out}: {size_text(inspection.total_bytes)} on disk, "
+        f"{inspection.bits_per_parameter:.3f} bits per parameter of the whole model"
+    )
+
+
+def _require_model(name: str) -> None:
+    """Refuse what is visibly neither a folder nor a name on the Hub; transformers' own message is a page."""
+    if not Path(name).is_dir() and (Path(name).exists() or name.count("/") > 1 or name.startswith((".", "~"))):
+        raise ValueError(f"{name}: no such folder, and not the name of a model on the Hub")
+
+
+@_command()
+def inspect(
+    path: Packed,
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw it (needs matplotlib).")] = None,
+    layers: Annotated[bool, typer.Option("--layers/--no-layers", help="List every packed layer.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show where the bytes of a compressed model are.
+
+    Reads config.json and file headers only, so it is instant. The parts add up to the bytes on disk. Bits per weight
+    count scales, bitmaps and padding; errors are squared and relative, as measured during calibration.
+
+    Example:
+
+    hf-lowbit inspect model-1bit --layers
+    """
+    from hf_lowbit.report.inspect import inspect as inspect_folder
+    from hf_lowbit.report.plots import save_plot
+    from hf_lowbit.report.tables import inspection_json, inspection_tables
+
+    inspection = inspect_folder(path)
+    if plot is not None:
+        save_plot(inspection, plot)
+    if as_json:
+        _show_json(inspection_json(inspection, layers))
+    else:
+        _show_tables(inspection_tables(inspection, layers))
+        if plot is not None:
+            _show(f"drawn in {plot}")
+
+
+@_command(name="eval")
+def evaluate(
+    path: Packed,
+    against: Annotated[str | None, typer.Option(metavar="DENSE", help="Model to compare with.")] = None,
+    data: Annotated[
+        str, typer.Option(metavar="NAME|FILE|FOLDER", help="Held-out text: wikitext2, c4, ptb, or your own.")
+    ] = "wikitext2",
+    samples: Annotated[int, typer.Option(help="Sequences, from the start of the text.")] = 8,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 4,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure decoding, in tokens per second.")] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity, size and decoding speed, beside the dense model.
+
+    Perplexity is exp of the mean negative log likelihood per token (lower is better, and comparable only on the same
+    tokens). Speed is that of greedy generation of one sequence, the models taking turns; above × 1 is faster.
+
+    Example:
+
+    hf-lowbit eval model-1bit --against org/model --data heldout.txt
+    """
+    from hf_lowbit.report.evaluate import evaluate as measure
+    from hf_lowbit.report.tables import evaluation_table
+
+    result = measure(
+        path,
+        data,
+        against,
+        samples=samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        speed=speed,
+    )
+    if as_json:
+        _show_json(result)
+    else:
+        _show_tables([evaluation_table(result)])
+
+
+@_command()
+def generate(
+    path: Packed,
+    prompt: Annotated[str, typer.Option(help="Text to answer or to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="As a chat message, or as text to continue.",
+            show_default="chat if the model has a template",
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Let a model, compressed or dense, write text (greedy, so the same every time).
+
+    Example:
+
+    hf-lowbit generate model-1bit --prompt "The capital of France is" --raw --max-new-tokens 20
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
+
+    from hf_lowbit.report.evaluate import load_tokenizer
+
+    _require_model(path)
+    tokenizer = load_tokenizer(path)
+    has_template = bool(tokenizer.chat_template)
+    inputs: Any
+    if chat and not has_template:
+        raise ValueError(f"{path}: the tokenizer has no chat template; use --raw")
+    if has_template and chat is not False:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    stored = model.generation_config
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stored.eos_token_id,
+        pad_token_id=stored.pad_token_id if stored.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(**inputs.to(model.device), generation_config=settings, streamer=streamer)
+
+
+@_command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Method whose options to list.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the compression methods, or the options of one with defaults and allowed values.
+
+    Example:
+
+    hf-lowbit methods arb
+    """
+    from hf_lowbit import registry
+    from hf_lowbit.report import tables
+
+    if name is None:
+        found = registry.methods()
+        if as_json:
+            _show_json(tables.methods_json(found))
+        else:
+            _show_tables([tables.methods_table(found)])
+        return
+    method = registry.get(name)
+    if as_json:
+        _show_json(tables.options_json(method))
+    else:
+        _show_tables([tables.options_table(method)])
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

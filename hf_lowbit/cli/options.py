@@ -1,0 +1,143 @@
+"""Configs from what was typed: options as text, recipe files; and a look at the data before the long work."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from hf_lowbit import registry
+from hf_lowbit.calibration.data import load_texts
+from hf_lowbit.compress.engine import check_calibration
+from hf_lowbit.config import DATASETS, CalibratedConfig, CalibrationRecord, LowBitConfig, RunOptions
+from hf_lowbit.recipe import LowBitRecipe
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def config_of(
+    method: str | None,
+    options: list[str],
+    recipe: Path | None,
+    skip: list[str],
+    fields: dict[str, Any],
+    run: RunOptions,
+) -> LowBitConfig:
+    """Return the config of a run, from either a method with options or a recipe file.
+
+    Raises:
+        ValueError: what is wrong with the options, the file or the calibration data.
+    """
+    if (method is None) == (recipe is None):
+        raise ValueError("give either --method NAME (see `hf-lowbit methods`) or --recipe FILE.json")
+    if recipe is not None:
+        if options:
+            raise ValueError("--option belongs to --method; write the options of a recipe into its file")
+        config = dataclasses.replace(read_recipe(recipe, skip, fields), run=run)
+    else:
+        config = build_config(str(method), options, {**fields, "skip": tuple(skip), "run": run})
+    check_data(config)
+    return config
+
+
+def parse_option(text: str, default: Any) -> Any:
+    """Turn the text of an option's value into the type of its default.
+
+    Raises:
+        ValueError: it is none of that type.
+    """
+    if isinstance(default, bool):
+        if text.lower() not in (*TRUE, *FALSE):
+            raise ValueError(f"must be true or false, got {text!r}")
+        return text.lower() in TRUE
+    if isinstance(default, (int, float)):
+        try:
+            return type(default)(text)
+        except ValueError:
+            kind = "an integer" if isinstance(default, int) else "a number"
+            raise ValueError(f"must be {kind}, got {text!r}") from None
+    return text
+
+
+def build_config(method: str, options: list[str], fields: dict[str, Any]) -> LowBitConfig:
+    """Build the config of a method from what was typed.
+
+    Args:
+        method: name of the method.
+        options: "name=value" each.
+        fields: values that were given by a flag of their own.
+
+    Raises:
+        ValueError: all that is wrong, in one message.
+    """
+    config_class = registry.get(method).config
+    known = config_class.options()
+    accepted = {field.name for field in dataclasses.fields(config_class)}
+    problems = [f"takes no {name}" for name in fields if name not in accepted]
+    values = {name: value for name, value in fields.items() if name in accepted}
+    for pair in options:
+        name, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals or not text:
+            problems.append(f"--option {pair!r} must be name=value")
+        elif name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            problems.append(f"unknown option {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+        elif name in values:
+            problems.append(f"{name} is given twice")
+        else:
+            try:
+                values[name] = parse_option(text, known[name].default)
+            except ValueError as error:
+                problems.append(f"{name} {error}")
+    try:
+        config = config_class(**values)
+    except ValueError as error:
+        problems.append(str(error).removeprefix(f"{config_class.__name__}: "))
+    if problems:
+        raise ValueError(f"method {method!r}: {'; '.join(problems)}; see `hf-lowbit methods {method}`")
+    return config
+
+
+def read_recipe(file: Path, skip: list[str], fields: dict[str, Any]) -> LowBitConfig:
+    """Read a config from a JSON file, either of a recipe or of one method.
+
+    Args:
+        file: what ``to_dict`` returned, or less: all that has a default may be left out.
+        skip: further patterns.
+        fields: calibration and its sizes, set in every rule that uses them.
+
+    Raises:
+        ValueError: not JSON, or not a config.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "method" not in content:
+            raise ValueError('must be an object with a "method"')
+        config = LowBitConfig.from_dict(content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"recipe {file.name}: {error}") from error
+
+    def with_fields(rule: LowBitConfig) -> LowBitConfig:
+        return dataclasses.replace(rule, **fields) if isinstance(rule, CalibratedConfig) else rule
+
+    more: dict[str, Any] = {"skip": (*config.skip, *skip), "modules": None, "left_dense": None}  # of another run
+    if isinstance(config, LowBitRecipe):
+        more["rules"] = tuple((pattern, with_fields(rule)) for pattern, rule in config.rules)
+        return dataclasses.replace(config, **more)
+    return dataclasses.replace(with_fields(config), **more)
+
+
+def check_data(config: LowBitConfig) -> None:
+    """Refuse calibration data that cannot be read, before a model is loaded.
+
+    Raises:
+        ValueError: it is missing, empty or no text; or the config only records what another run used.
+    """
+    calibrated = check_calibration(config)
+    if calibrated is None or calibrated.calibration in DATASETS:
+        return
+    if isinstance(calibrated.calibration, CalibrationRecord):
+        raise ValueError("the recipe only records what a run was calibrated on; name the data with --calibration")
+    load_texts(calibrated.calibration)

@@ -1,0 +1,70 @@
+"""One picture of a compressed model: bytes by part, bits per weight and error by layer. Needs ``matplotlib``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hf_lowbit.errors import HfLowbitError
+from hf_lowbit.report.inspect import Inspection
+from hf_lowbit.report.tables import FILE, kinds_of, parts_of, size_text
+
+
+def save_plot(inspection: Inspection, file: str | Path) -> Path:
+    """Draw an inspection into a PNG file.
+
+    Three panels: bytes by part of the folder; bits per weight of every packed layer; its output error (left out after
+    a run without data). A line per kind of layer, from the first block to the last.
+
+    Args:
+        inspection: what to draw.
+        file: ends in ".png"; an existing file is replaced.
+
+    Returns:
+        The file.
+
+    Raises:
+        HfLowbitError: matplotlib is not installed.
+        ValueError: the name does not end in ".png".
+    """
+    target = Path(file)
+    if target.suffix.lower() != ".png":
+        raise ValueError(f"{target.name}: the plot is a PNG file; end its name in .png")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise HfLowbitError("plots need matplotlib, which is not installed: pip install 'hf-lowbit[plots]'") from error
+    has_errors = any(module.error is not None for module in inspection.modules)
+    figure = Figure(figsize=(10, 10 if has_errors else 7), layout="constrained")
+    panels = figure.subplots(3 if has_errors else 2, 1)
+    _bytes_by_part(panels[0], inspection)
+    _by_layer(panels[1], inspection, "bits_per_weight", "bits per weight")
+    if has_errors:
+        _by_layer(panels[2], inspection, "error", "relative output error")
+    figure.savefig(target, format="png", dpi=150)
+    return target
+
+
+def _bytes_by_part(axes: Any, inspection: Inspection) -> None:
+    """Draw a bar per part, largest first; the other files are one part here."""
+    sizes: dict[str, int] = {}
+    for part, remark, _, size in parts_of(inspection):
+        name = "other files" if remark == FILE else part
+        sizes[name] = sizes.get(name, 0) + size
+    ordered = sorted(sizes.items(), key=lambda item: item[1])
+    bars = axes.barh([name for name, _ in ordered], [size / 1e6 for _, size in ordered], color="#4c72b0")
+    axes.bar_label(bars, [size_text(size) for _, size in ordered], padding=4)
+    axes.margins(x=0.15)
+    axes.set_xlabel("MB (1,000,000 bytes)")
+    axes.set_title(f"{inspection.name}: {size_text(inspection.total_bytes)} on disk")
+
+
+def _by_layer(axes: Any, inspection: Inspection, value: str, label: str) -> None:
+    for kind, modules in kinds_of(inspection.modules).items():
+        points = [(at, getattr(module, value)) for at, module in enumerate(modules)]
+        known = [(at, number) for at, number in points if number is not None]
+        axes.plot([at for at, _ in known], [number for _, number in known], marker=".", label=kind)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("position among the layers of this kind")
+    axes.set_ylabel(label)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")

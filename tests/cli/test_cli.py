@@ -1,0 +1,192 @@
+"""The command line: what it prints, and that every slip ends in one line and exit code 2 before the long work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import hf_lowbit
+from hf_lowbit.cli import app
+
+QUICK = ("iterations=1", "quantiles=3", "max_salient_per_block=4", "block_size=32")
+
+
+def run(*words: Any) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer of the words w0 to w126."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dense") / "dense"
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).save_pretrained(folder)
+    words = {f"w{number}": number for number in range(127)} | {"<end>": 127}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(dense: Path) -> Path:
+    file = dense.parent / "text.txt"
+    file.write_text(" ".join(f"w{number * 7 % 127}" for number in range(400)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def packed(dense: Path, text: Path) -> Path:
+    """The dense model, compressed by the command."""
+    out = dense.parent / "packed"
+    options = [word for option in QUICK for word in ("--option", option)]
+    sizes = ("--samples", 4, "--sequence-length", 16)
+    result = run("quantize", dense, out, "--method", "arb", *options, "--calibration", text, *sizes, "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["total_bytes"] == sum(file.stat().st_size for file in out.iterdir())
+    assert list(content["left_dense"].values()) == ["output head"]
+    return out
+
+
+def test_quantize_makes_a_model_that_loads_and_tells_nothing_of_this_machine(packed: Path, text: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    assert len(hf_lowbit.packed_modules(model)) == 14
+    stored = json.loads((packed / "config.json").read_text())["quantization_config"]
+    assert (stored["iterations"], stored["samples"], stored["calibration"]["kind"]) == (1, 4, "text file")
+    assert len((packed / "compression_report.jsonl").read_text().splitlines()) == 14
+    for file in packed.glob("*.json*"):
+        assert str(text.parent) not in file.read_text()
+
+
+def test_a_recipe_from_a_file(dense: Path, tmp_path: Path) -> None:
+    rule = {"pattern": "*", "config": {"method": "arb", "variant": "rtn", "calibration": None}}
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"method": "recipe", "rules": [rule], "skip": ["*.up_proj"]}))
+    result = run("quantize", dense, tmp_path / "out", "--recipe", recipe, "--skip", "*.down_proj")
+    assert result.exit_code == 0, result.output
+    assert "packed 10 layers" in result.stdout
+    assert "bits per parameter" in result.stdout
+
+
+def refused(result: Result, *parts: str) -> None:
+    """Check that a command ended in one line on stderr that holds ``parts``."""
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_bad_options_are_all_in_one_message(tmp_path: Path) -> None:
+    options = ("itertions=3", "quantiles=many", "damping=5", "column_group_bitmap=perhaps", "oops", "seed=1")
+    words = [word for option in options for word in ("--option", option)]
+    result = run("quantize", "no/model", tmp_path / "o", "--method", "arb", *words, "--seed", 2, "--samples", 0)
+    refused(
+        result,
+        "unknown option 'itertions' (did you mean 'iterations'?)",
+        "quantiles must be an integer, got 'many'",
+        "damping must be from 1e-08 to 1.0, got 5.0",
+        "column_group_bitmap must be true or false, got 'perhaps'",
+        "'oops' must be name=value",
+        "seed is given twice",
+        "samples must be at least 1, got 0",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ((), "either --method"),
+        (("--method", "nope"), "unknown method 'nope'"),
+        (("--method", "arb", "--recipe", "r.json"), "either --method"),
+        (("--recipe", "absent.json"), "absent.json"),
+        (("--method", "arb", "--calibration", "absent.txt"), "absent.txt"),
+        (("--method", "arb", "--calibration", "none", "--option", "variant=x"), "needs calibration data"),
+        (("--method", "arb", "--calibration", "none", "--dtype", "int4"), "--dtype must be one of"),
+        (("--method", "arb", "--calibration", "none", "--max-shard-size", "5"), "max_shard_size"),
+        (("--method", "arb", "--calibration", "none", "--batch-size", "0"), "batch_size"),
+        (("--method", "arb", "--calibration", "none", "--skip", "*.nope"), "no module of"),
+    ],
+)
+def test_slips_are_found_before_anything_is_written(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], part: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(run("quantize", dense, "out", *words), part)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_target_is_looked_at_before_the_model(packed: Path, dense: Path, tmp_path: Path) -> None:
+    rest = ("--method", "arb", "--calibration", "none")
+    refused(run("quantize", "no/model", packed, *rest), "exists and is not empty")
+    refused(run("quantize", "no/model", tmp_path / "a" / "b", *rest), "does not exist")
+    refused(run("quantize", dense, dense, *rest, "--overwrite"), "is the dense model itself")
+    refused(run("quantize", "./no-such-model", tmp_path / "a", *rest), "no such folder")
+
+
+def test_debug_shows_the_error_itself(tmp_path: Path) -> None:
+    result = run("inspect", tmp_path, "--debug")
+    assert isinstance(result.exception, hf_lowbit.CheckpointError)
+    refused(run("inspect", tmp_path), "no config.json")
+
+
+def test_inspect(packed: Path, tmp_path: Path) -> None:
+    content = json.loads(run("inspect", packed, "--json", "--layers").stdout)
+    assert content["total_bytes"] == sum(file.stat().st_size for file in packed.iterdir())
+    assert len(content["modules"]) == 14
+    assert "modules" not in json.loads(run("inspect", packed, "--json").stdout)
+    pytest.importorskip("matplotlib")
+    result = run("inspect", packed, "--layers", "--plot", tmp_path / "plot.png")
+    assert result.exit_code == 0
+    assert f"{content['total_bytes']:,}" in result.stdout
+    assert (tmp_path / "plot.png").is_file()
+
+
+def test_eval(packed: Path, dense: Path, text: Path) -> None:
+    sizes = ("--samples", 2, "--sequence-length", 16, "--no-speed")
+    content = json.loads(run("eval", packed, "--against", dense, "--data", text, *sizes, "--json").stdout)
+    assert content["ratios"]["packed"]["bytes"] < 1
+    result = run("eval", packed, "--data", text, *sizes)
+    assert result.exit_code == 0
+    assert f"{content['models']['packed']['perplexity']:.3f}" in result.stdout
+
+
+def test_a_model_without_tokenizer(packed: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((packed / name).read_bytes())
+    refused(run("eval", tmp_path, "--data", tmp_path), "no tokenizer could be loaded")
+    refused(run("generate", tmp_path, "--prompt", "w1"), "no tokenizer could be loaded")
+
+
+def test_generate(packed: Path) -> None:
+    result = run("generate", packed, "--prompt", "w1 w2", "--max-new-tokens", 4)
+    assert result.exit_code == 0
+    assert result.stdout.strip()
+    refused(run("generate", packed, "--prompt", "w1", "--chat"), "no chat template")
+
+
+def test_methods() -> None:
+    rows = json.loads(run("methods", "--json").stdout)
+    assert "arb" in [row["name"] for row in rows]
+    options = {row["name"]: row for row in json.loads(run("methods", "arb", "--json").stdout)}
+    assert options["iterations"]["default"] == 15
+    assert "billm" in options["variant"]["allowed"]
+    assert run("methods").exit_code == run("methods", "arb").exit_code == 0
+    refused(run("methods", "nope"), "unknown method 'nope'; known:")
+
+
+def test_help_and_version() -> None:
+    assert run("--version").stdout.strip() == f"hf-lowbit {hf_lowbit.__version__}"
+    for command in ("quantize", "inspect", "eval", "generate", "methods"):
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert "Example:" in result.stdout
+        assert "--debug" not in result.stdout
