@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -137,6 +138,9 @@ class LowBitConfig(QuantizationConfigMixin):
             )
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(f"{type(self).__name__} is frozen; {name} cannot be deleted")
+
     @property
     def needs(self) -> str:
         """Data that a run with these options needs: "none" or "tokens"."""
@@ -206,6 +210,8 @@ class LowBitConfig(QuantizationConfigMixin):
         """
         from hf_lowbit import registry
 
+        if not isinstance(config_dict, Mapping):
+            raise ValueError(f"a config must be an object, got {type(config_dict).__name__}")
         data = dict(config_dict)
         method = data.get("method", cls.method or None)
         target: type[LowBitConfig] = registry.config_class(method)
@@ -277,16 +283,13 @@ class CalibratedConfig(LowBitConfig):
             (sequences, length) or a list of 1-D tensors), or None for a run without data.
     """
 
-    calibration: Any = "c4"
+    calibration: Any = dataclasses.field(default="c4", repr=False)
     samples: int = option(128, "calibration sequences", low=1)
     sequence_length: int = option(2048, "tokens per calibration sequence", low=2)
-    seed: int = option(0, "seed of the calibration sample", low=0)
+    seed: int = option(0, "seed of the calibration sample", low=0, high=2**63 - 1)
 
     def __post_init__(self) -> None:
-        if isinstance(self.calibration, Path):
-            self.calibration = str(self.calibration)
-        elif isinstance(self.calibration, Mapping):
-            self.calibration = CalibrationRecord(**self.calibration)
+        self.calibration = _plain_calibration(self.calibration)
         super().__post_init__()
 
     @property
@@ -301,19 +304,10 @@ class CalibratedConfig(LowBitConfig):
             found.append("calibration must not be an empty string; use None for a run without data")
         if isinstance(self.calibration, (bool, int, float)):
             found.append(f"calibration must be a name, a path, texts or token ids, got {self.calibration!r}")
-        if isinstance(self.calibration, CalibrationRecord):
-            record = self.calibration
-            kinds = {
-                "kind": (str,),
-                "name": (str, type(None)),
-                "sha256": (str, type(None)),
-                "tokens": (int, type(None)),
-            }
-            found += [
-                f"calibration.{name} has a wrong type: {getattr(record, name)!r}"
-                for name, types in kinds.items()
-                if not isinstance(getattr(record, name), types)
-            ]
+        elif isinstance(self.calibration, Mapping):
+            found.append("calibration must not be a mapping; of a tokenizer's output, pass its ['input_ids']")
+        elif isinstance(self.calibration, CalibrationRecord):
+            found += _record_problems(self.calibration)
         return found
 
     def _values(self) -> dict[str, Any]:
@@ -329,12 +323,41 @@ class CalibratedConfig(LowBitConfig):
         data = values.get("calibration")
         if isinstance(data, Mapping):
             fields = {field.name for field in dataclasses.fields(CalibrationRecord)}
-            if unknown := sorted(set(data) - fields):
-                raise ValueError(f"{cls.__name__}: unknown key {unknown[0]!r} in calibration")
+            if set(data) - fields or "kind" not in data:
+                raise ValueError(
+                    f"{cls.__name__}: a calibration record has {', '.join(sorted(fields))}, got {[*data]}"
+                )
+            values = {**values, "calibration": CalibrationRecord(**data)}
         elif data is not None and data not in DATASETS:
             # A stored config names public data only; anything else would be somebody else's path.
             raise ValueError(f"{cls.__name__}: a stored calibration is one of {', '.join(DATASETS)}, got {data!r}")
         return cls(**values)
+
+
+KINDS = ("dataset", "text file", "text folder", "texts", "tokens")
+
+
+def _record_problems(record: CalibrationRecord) -> list[str]:
+    """A record comes from somebody's file: only what this package writes is kept, so nothing else is handed on."""
+    found = []
+    if record.kind not in KINDS:
+        found.append(f"calibration.kind must be one of {', '.join(KINDS)}, got {record.kind!r}")
+    if record.name is not None and record.name not in DATASETS:
+        found.append(f"calibration.name must be one of {', '.join(DATASETS)}, got {record.name!r}")
+    if record.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", str(record.sha256)):
+        found.append(f"calibration.sha256 must be 64 hexadecimal digits, got {record.sha256!r}")
+    if record.tokens is not None and (type(record.tokens) is not int or record.tokens < 0):
+        found.append(f"calibration.tokens must be a count, got {record.tokens!r}")
+    return found
+
+
+def _plain_calibration(data: Any) -> Any:
+    """Turn paths into strings, and token ids in tensors or arrays into tuples, which compare, copy and hash."""
+    if isinstance(data, Path):
+        return str(data)
+    if isinstance(data, (list, tuple)):
+        return tuple(_plain_calibration(item) for item in data)
+    return _plain_calibration(data.tolist()) if hasattr(data, "tolist") else data
 
 
 def calibration_kind(data: Any) -> str:
@@ -343,6 +366,6 @@ def calibration_kind(data: Any) -> str:
         if data in DATASETS:
             return "dataset"
         return "text folder" if Path(data).is_dir() else "text file"
-    if isinstance(data, (list, tuple)) and all(isinstance(item, str) for item in data):
+    if isinstance(data, (list, tuple)) and data and all(isinstance(item, str) for item in data):
         return "texts"
     return "tokens"

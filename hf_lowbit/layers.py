@@ -53,7 +53,7 @@ class PackedLinear(nn.Linear):
 
     def packed_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield ``(parameter name, parameter)`` of the packed tensors, without stub and bias."""
-        for name in self.format_type.tensor_names():
+        for name in self.format_type.tensor_names:
             parameter = self._parameters.get(_PREFIX + name)
             if parameter is not None:
                 yield _PREFIX + name, parameter

@@ -50,7 +50,7 @@ class LowBitRecipe(LowBitConfig):
         if isinstance(self.rules, Mapping):
             self.rules = tuple(self.rules.items())
         elif isinstance(self.rules, list):
-            self.rules = tuple(tuple(pair) for pair in self.rules)
+            self.rules = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in self.rules)
         super().__post_init__()
 
     @property

@@ -76,7 +76,7 @@ def register(method: Method) -> None:
     Raises:
         ValueError: the name is taken, differs from the config's, or unit or data are unknown.
     """
-    if method.name in _METHODS:
+    if method.name in _METHODS or method.name == "recipe":
         raise ValueError(f"method {method.name!r} is registered already")
     if method.name != method.config.method:
         raise ValueError(f"method {method.name!r} has a config of method {method.config.method!r}")

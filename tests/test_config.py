@@ -88,12 +88,10 @@ def test_ranges(key, good, bad):
             ARBConfig(**{key: value})
 
 
-@pytest.mark.xfail(
-    strict=True, reason="there is no upper limit, so the random generator fails later, with its own error"
-)
 def test_a_seed_that_no_generator_takes_is_refused():
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, ValueError)):
         torch.Generator().manual_seed(2**64)
+    torch.Generator().manual_seed(ARBConfig(seed=2**63 - 1).seed)
     with pytest.raises(ValueError, match="seed"):
         ARBConfig(seed=2**64)
 
@@ -163,7 +161,6 @@ def test_frozen(key):
         config.update(samples=9)
 
 
-@pytest.mark.xfail(strict=True, reason="only assignment is blocked; a deleted option falls back to its default")
 def test_frozen_against_deletion():
     config = ARBConfig(samples=3)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -202,21 +199,21 @@ def test_deepcopy(data):
 
 def test_deepcopy_of_tensors_and_recipes():
     twin = copy.deepcopy(ARBConfig(calibration=torch.arange(6).view(2, 3)))
-    assert torch.equal(twin.calibration, torch.arange(6).view(2, 3))
+    assert twin.calibration == ((0, 1, 2), (3, 4, 5))
     recipe = LowBitRecipe({"*": ARBConfig(samples=3)}, skip=["a"])
     assert copy.deepcopy(recipe) == recipe
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the generated __eq__ asks a tensor whether it is true")
 def test_equality_with_tensors():
     config = ARBConfig(calibration=torch.arange(6).view(2, 3))
     assert config == copy.deepcopy(config)
+    assert config != ARBConfig(calibration=torch.ones(2, 3, dtype=torch.int64))
 
 
 # JSON ------------------------------------------------------------------------------------------------------------
 
 
-RECORD = CalibrationRecord(kind="texts", sha256="ab", tokens=5)
+RECORD = CalibrationRecord(kind="texts", sha256="ab" * 32, tokens=5)
 CONFIGS = {
     "default": ARBConfig(),
     "options": ARBConfig(variant="x", damping=1, samples=7, skip=["lm_head", "*.3.*"], calibration="ptb"),
@@ -316,7 +313,6 @@ def test_any_json_gives_a_config_or_a_value_error(key, value):
     a_config_or_a_value_error({**DEFAULTS, key: value})
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="a record without its kind is not looked for")
 @settings(max_examples=100, deadline=None)
 @given(value=JSON | RECORD_FIELDS)
 @example(value={})
@@ -324,9 +320,6 @@ def test_any_stored_calibration_gives_a_config_or_a_value_error(value):
     a_config_or_a_value_error({**DEFAULTS, "calibration": value})
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="the config of a rule is unpacked before its type is looked at"
-)
 @settings(max_examples=100, deadline=None)
 @given(value=JSON | RULES)
 @example(value=[{"pattern": "*", "config": None}])
@@ -337,9 +330,9 @@ def test_any_stored_rules_give_a_config_or_a_value_error(value):
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        ({"kind": "texts", "colour": 1}, "unknown key 'colour' in calibration"),
-        ({"kind": 3}, "calibration.kind has a wrong type: 3"),
-        ({"kind": "texts", "tokens": "many", "sha256": 1}, "calibration.tokens has a wrong type: 'many'"),
+        ({"kind": "texts", "colour": 1}, "a calibration record has .*, got .*colour"),
+        ({"kind": 3}, "calibration.kind must be one of .*, got 3"),
+        ({"kind": "texts", "tokens": "many", "sha256": 1}, "calibration.tokens must be a count, got 'many'"),
         ("somebody/else/text.txt", "a stored calibration is one of c4, wikitext2, ptb, got"),
         (["some text"], "a stored calibration is one of"),
     ],
@@ -349,7 +342,6 @@ def test_bad_stored_calibration(stored, message):
         LowBitConfig.from_dict({**DEFAULTS, "calibration": stored})
 
 
-@pytest.mark.xfail(strict=True, reason="any text passes as the kind or the name of a record")
 @pytest.mark.parametrize("stored", [{"kind": "folder/of/mine"}, {"kind": "dataset", "name": "folder/of/mine"}])
 def test_a_stored_record_cannot_carry_a_path(stored):
     with pytest.raises(ValueError, match="calibration"):

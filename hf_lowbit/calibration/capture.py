@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -57,13 +58,16 @@ def replaced_forward(modules: list[nn.Module], make: Callable[[int], Callable[..
 
     The instances keep their class and attributes, which models read to choose masks (``block.attention_type``).
     """
+    before = [module.__dict__.get("forward") for module in modules]  # accelerate's hooks put one there
     try:
         for i, module in enumerate(modules):
             module.__dict__["forward"] = make(i)
         yield
     finally:
-        for module in modules:
+        for module, own in zip(modules, before, strict=True):
             module.__dict__.pop("forward", None)
+            if own is not None:
+                module.__dict__["forward"] = own
 
 
 @dataclasses.dataclass
@@ -103,7 +107,7 @@ def first_block_inputs(
             with contextlib.suppress(_StopForward):
                 model(input_ids=batch, use_cache=False)
     if len(found) != len(batches):
-        raise UnsupportedModelError("the model's forward pass does not call its first block exactly once")
+        raise UnsupportedModelError("the model's forward pass does not call its first block")
     return found
 
 
@@ -117,18 +121,23 @@ def block_calls(model: nn.Module, blocks: list[nn.Module], batch: Tensor, wrap: 
         wrap: turns hidden states into what a block returns, see :func:`output_wrapper`.
     """
     calls: dict[int, BlockCall] = {}
+    # Norm and output head are not needed; with one position of logits they cost nothing, and a model that runs its
+    # blocks a second time is found out. Where the model cannot be told so, the pass ends at the last block.
+    lean = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def record(i: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if i in calls:
+                raise UnsupportedModelError(f"the model's forward pass calls its block {i} more than once")
             hidden, calls[i] = _split_call(args, kwargs)
-            if i == len(blocks) - 1:
-                raise _StopForward  # norm and output head are not needed
+            if i == len(blocks) - 1 and not lean:
+                raise _StopForward
             return wrap(hidden)
 
         return forward
 
     with replaced_forward(blocks, record), contextlib.suppress(_StopForward):
-        model(input_ids=batch, use_cache=False)
+        model(input_ids=batch, use_cache=False, **({"logits_to_keep": 1} if lean else {}))
     missing = [i for i in range(len(blocks)) if i not in calls]
     if missing:
         raise UnsupportedModelError(f"the model's forward pass does not call its block {missing[0]}")
@@ -164,7 +173,8 @@ def collect_stats(
         Statistics by name; complete when the statement ends.
     """
     stats: dict[str, LinearStats] = {}
-    seen: dict[str, Tensor] = {}  # last input by name of the layer that owns the statistics
+    # last input, and how often it had been changed in place, by name of the layer that owns the statistics
+    seen: dict[str, tuple[Tensor, int]] = {}
     owner: dict[str, str] = {}
     calls = dict.fromkeys(linears, 0)
     handles = []
@@ -172,7 +182,8 @@ def collect_stats(
     def hook(name: str) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             inputs = args[0]
-            twin = next((other for other, last in seen.items() if last is inputs and other != name), None)
+            now = (inputs, inputs._version)
+            twin = next((o for o, last in seen.items() if last[0] is now[0] and last[1] == now[1] and o != name), None)
             if name not in owner:
                 owner[name] = twin or name
                 if owner[name] == name:
@@ -183,7 +194,7 @@ def collect_stats(
                 stats[name].update(
                     inputs, None if batch_sizes is None else batch_sizes[calls[name] % len(batch_sizes)]
                 )
-                seen[name] = inputs
+                seen[name] = now
                 calls[name] += 1
             elif twin != owner[name]:
                 raise UnsupportedModelError(f"{name}: shares its input with {owner[name]} in some batches only")

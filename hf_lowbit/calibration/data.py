@@ -48,7 +48,7 @@ def load_texts(data: Any, heldout: bool = False) -> list[str]:
         path = Path(data)
         where = f"text {path.name!r}"
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in _TEXT_SUFFIXES)
+            files = sorted(file for file in path.rglob("*") if file.suffix in _TEXT_SUFFIXES and file.is_file())
             texts = [_read(file) for file in files]
         elif path.is_file():
             texts = _read(path).split("\n\n")
@@ -168,11 +168,16 @@ def calibration_tokens(config: Any, tokenizer: Any, vocab_size: int) -> tuple[Te
 def _ready_tokens(data: Any, samples: int) -> Tensor:
     """Stack token ids given as (sequences, length) or as a list of equally long sequences."""
     try:
-        rows = [torch.as_tensor(row).reshape(-1) for row in data]
+        rows = [torch.as_tensor(row) for row in data]
     except (TypeError, ValueError, RuntimeError) as error:
         raise CalibrationError(f"calibration token ids are not numeric sequences: {error}") from error
     if not rows:
         raise CalibrationError("the list of calibration token ids is empty")
+    rows = [row[0] if row.dim() == 2 and len(row) == 1 else row for row in rows]  # as tokenizers return them
+    if any(row.dim() != 1 for row in rows):
+        raise CalibrationError("calibration token ids must be sequences of ids: (sequences, length)")
+    if any(not len(row) for row in rows):
+        raise CalibrationError("a calibration sequence is empty")
     if any(row.is_floating_point() or row.dtype == torch.bool for row in rows):
         raise CalibrationError("calibration token ids must be integers")
     lengths = sorted({len(row) for row in rows})

@@ -51,10 +51,13 @@ class LinearStats:
         """Return ``H = (2 / sequences) Σ x xᵀ``, (in_features, in_features), float32.
 
         Raises:
-            CalibrationError: nothing was seen.
+            CalibrationError: nothing was seen, or the inputs are too large.
 
         Source: GPTQ's accumulation, as BiLLM and ARB-LLM use it; the factor 2/N is a scale without effect.
         """
         if not self.sequences:
             raise CalibrationError(f"{self.name}: received no calibration input; it may be unused in the forward pass")
-        return self.total * (2.0 / self.sequences)
+        moment = self.total * (2.0 / self.sequences)
+        if not bool(torch.isfinite(moment).all()):
+            raise CalibrationError(f"{self.name}: inputs are too large, their second moment overflows float32")
+        return moment

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_lowbit.compress.headers import read_headers
@@ -28,12 +28,15 @@ class CheckpointSource:
             base_prefix: name of the inner model ("model"), which checkpoint names may have or lack.
 
         Raises:
-            CheckpointError: a file cannot be read as safetensors.
+            CheckpointError: a file cannot be read as safetensors, or a tensor lies in two of them.
         """
         self._file_of: dict[str, Path] = {}
         self._prefix = base_prefix
         for file in map(Path, files):
-            self._file_of.update(dict.fromkeys(read_headers(file), file))
+            for key in read_headers(file):
+                if key in self._file_of:
+                    raise CheckpointError(f"{key}: is in {self._file_of[key].name} and in {file.name}")
+                self._file_of[key] = file
 
     def locate(self, name: str) -> str | None:
         """Return the checkpoint's key for a parameter of the model, None if there is none."""
@@ -49,11 +52,18 @@ class CheckpointSource:
             return tuple(handle.get_slice(key).get_shape())
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return a parameter of the model, on the CPU, as a copy that does not keep the file mapped."""
+        """Return a parameter of the model, on the CPU, as a copy that does not keep the file mapped.
+
+        Raises:
+            CheckpointError: not in the checkpoint, or the file has changed since its header was read.
+        """
         key = self._key(name)
-        with safe_open(self._file_of[key], framework="pt") as handle:
-            tensor = handle.get_tensor(key)
-        return tensor.to(dtype, copy=True)
+        file = self._file_of[key]
+        try:
+            with safe_open(file, framework="pt") as handle:
+                return handle.get_tensor(key).to(dtype, copy=True)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{key}: cannot be read from {file.name} any more: {error}") from error
 
     def _key(self, name: str) -> str:
         key = self.locate(name)

@@ -97,7 +97,7 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
             dense[name] = unwanted[name] = "outside the decoder blocks"
         else:
             methods[name] = rule
-    _refuse_idle_patterns(model, config)
+    _refuse_idle_patterns(model, config, [*methods, *dense])
     if not methods:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:5])
         raise UnsupportedModelError(f"nothing to compress in {type(model).__name__} ({listed or 'no linear layers'})")
@@ -122,10 +122,14 @@ def _why_unsupported(module: nn.Module) -> str | None:
     return None
 
 
-def _refuse_idle_patterns(model: nn.Module, config: LowBitConfig) -> None:
-    """A pattern that matches nothing is a spelling mistake that would silently change what is compressed."""
+def _refuse_idle_patterns(model: nn.Module, config: LowBitConfig, layers: list[str]) -> None:
+    """A pattern that matches nothing is a spelling mistake that would silently change what is compressed.
+
+    A rule must match a linear-like layer; a skip may also name an embedding or a norm, which stay dense anyway.
+    """
     names = [name for name, _ in model.named_modules() if name]
-    patterns = [("skip", p) for p in config.skip] + [("rule", p) for p, _ in rules_of(config)]
-    idle = [f"{kind} {pattern!r}" for kind, pattern in patterns if not any(matches(pattern, name) for name in names)]
+    patterns = [("skip", p, names) for p in config.skip]
+    patterns += [("rule", p, layers) for p, _ in rules_of(config)] if layers else []
+    idle = [f"{kind} {pattern!r}" for kind, pattern, among in patterns if not any(matches(pattern, n) for n in among)]
     if idle:
         raise ValueError(f"{', '.join(idle)}: no module of {type(model).__name__} matches")

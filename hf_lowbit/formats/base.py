@@ -47,14 +47,11 @@ class Spec:
             raise ValueError(f"{where}: the format spec must be an object, got {type(data).__name__}")
         fields = {field.name: field for field in dataclasses.fields(cls)}
         problems = [f"unknown key {key!r}" for key in sorted(set(data) - set(fields))]
-        problems += [
-            f"missing key {name!r}"
-            for name, field in fields.items()
-            if name not in data and field.default is dataclasses.MISSING
-        ]
-        if not problems:
-            spec = cls(**data)
-            problems = spec.problems()
+        missing = [name for name, f in fields.items() if name not in data and f.default is dataclasses.MISSING]
+        problems += [f"missing key {name!r}" for name in missing]
+        if not missing:
+            spec = cls(**{key: value for key, value in data.items() if key in fields})
+            problems += spec.problems()
             if not problems:
                 return spec
         raise ValueError(f"{where}: bad format spec: {'; '.join(problems)}")
@@ -90,6 +87,7 @@ class Format:
 
     name: ClassVar[str]
     spec_type: ClassVar[type[Spec]]
+    tensor_names: ClassVar[tuple[str, ...]]  # all that a format of this kind may have; set by register_format
 
     @classmethod
     def shapes(cls, spec: Any) -> Shapes:
@@ -108,14 +106,9 @@ class Format:
         """Return ``x @ W.T + bias`` through the format's op."""
         raise NotImplementedError
 
-    @classmethod
-    def tensor_names(cls) -> tuple[str, ...]:
-        """Return the names of all tensors a format of this kind may have."""
-        return tuple(field.name for field in dataclasses.fields(cls) if field.name != "spec")
-
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that are present, by name."""
-        found = {name: getattr(self, name) for name in self.tensor_names()}
+        found = {name: getattr(self, name) for name in self.tensor_names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @classmethod
@@ -172,5 +165,7 @@ def register_format(cls: type[Self]) -> type[Self]:
     """Class decorator that adds a format to :data:`FORMATS`; a second format of the same name is refused."""
     if cls.name in FORMATS:
         raise ValueError(f"format {cls.name!r} is registered already, by {FORMATS[cls.name].__qualname__}")
+    # Once, here: torch.compile cannot trace dataclasses.fields, which every forward would call.
+    cls.tensor_names = tuple(field.name for field in dataclasses.fields(cls) if field.name != "spec")
     FORMATS[cls.name] = cls
     return cls

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from hf_lowbit.formats.base import Format, Shapes, Spec, register_format
 from hf_lowbit.formats.bits import padding_is_zero, pruned_evenly, scale_problems
-from hf_lowbit.kernels import pack_plane, plane_bytes
-from hf_lowbit.kernels.reference import kept_columns
+from hf_lowbit.kernels import pack_plane, plane_bytes, unpack_plane
+from hf_lowbit.kernels.reference import kept_columns, spread
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -67,12 +67,10 @@ class BinarySpec(Spec):
     def problems(self) -> list[str]:
         """Return what is wrong with the values, empty if nothing is."""
         found = super().problems()
-        if found:
-            return found
         ranges = {
             "block_size": (1, 2**24),
             "groups": (1, 4),
-            "salient": (0, self.in_features),
+            "salient": (0, 2**24 if found else self.in_features),
             "salient_groups": (0, 2),
             "keep_n": (0, 16),
             "keep_m": (0, 16),
@@ -107,6 +105,31 @@ class BinarySpec(Spec):
     def kept(self) -> int:
         """Columns of a row that are not pruned."""
         return kept_columns(self.in_features, self.keep_n, self.keep_m)
+
+
+def _ascending(index: Tensor, limit: int) -> bool:
+    return bool((index[1:] > index[:-1]).all()) and int(index[0]) >= 0 and int(index[-1]) < limit
+
+
+def _part_problems(spec: BinarySpec, **parts: Tensor | None) -> list[str]:
+    """Return what is wrong with unpacked parts that packing would hide: shapes, code range, indices, mask counts."""
+    full, compact = (spec.out_features, spec.in_features), (spec.out_features, spec.salient)
+    want = {"sign": full, "code": full, "mask": full, "sign2": compact, "salient": (spec.salient,)}
+    found = [
+        f"{name} has shape {tuple(part.shape)}, expected {want[name]}"
+        for name, part in parts.items()
+        if part is not None and tuple(part.shape) != want[name]
+    ]
+    if found:
+        return found
+    code, salient, mask = parts["code"], parts["salient"], parts["mask"]
+    if code is not None and (int(code.min()) < 0 or int(code.max()) >= spec.groups):
+        found.append(f"code must be from 0 to {spec.groups - 1}, got {int(code.min())} to {int(code.max())}")
+    if salient is not None and not _ascending(salient, spec.in_features):
+        found.append(f"salient must hold ascending column indices below {spec.in_features}")
+    if mask is not None and not (spec.keep_m and pruned_evenly(pack_plane(mask), full[1], spec.keep_n, spec.keep_m)):
+        found.append(f"mask does not keep {spec.keep_n} of every {spec.keep_m} columns")
+    return found
 
 
 @register_format
@@ -185,6 +208,11 @@ class BinaryFormat(Format):
         Raises:
             ValueError: the parts do not fit the spec, or a scale leaves the range of its dtype.
         """
+        problems = spec.problems() or _part_problems(
+            spec, sign=sign, code=code, mask=mask, sign2=sign2, salient=salient
+        )
+        if problems:
+            raise ValueError("; ".join(problems))
         dtype = SCALE_DTYPES[spec.scale_dtype]
 
         def kept(bits: Tensor) -> Tensor:
@@ -227,15 +255,23 @@ class BinaryFormat(Format):
         if self.group is not None and spec.groups == 3 and bool((self.group[0] & self.group[1]).any()):
             found.append("group holds code 3, which no scale belongs to")
         if self.salient is not None:
-            index = self.salient
-            ascending = bool((index[1:] > index[:-1]).all())
-            if not ascending or int(index[0]) < 0 or int(index[-1]) >= spec.in_features:
+            if not _ascending(self.salient, spec.in_features):
                 found.append(f"salient must hold ascending column indices below {spec.in_features}")
+            elif not found and self._salient_codes_exceed_groups():
+                found.append(f"group holds a code of {spec.salient_groups} or more in a salient column")
         for name, signed in (("row_scale", False), ("row_shift", True), ("col_scale", False), ("col_scale2", False)):
             tensor = getattr(self, name)
             if tensor is not None:
                 found += scale_problems(name, tensor, signed)
         return found
+
+    def _salient_codes_exceed_groups(self) -> bool:
+        """Whether a salient column has a code without a scale; with one salient group the code is not read at all."""
+        if self.spec.salient_groups < 2 or self.group is None or len(self.group) < 2 or self.salient is None:
+            return False
+        keep = None if self.mask is None else unpack_plane(self.mask, self.spec.in_features)
+        high = spread(unpack_plane(self.group[1], self.spec.kept), keep)  # the plane of codes 2 and 3
+        return bool(high[:, self.salient.long()].any())
 
     def _parts(self) -> tuple[Tensor | None, ...]:
         return (

@@ -68,11 +68,11 @@ def binary_dequantize(
     """
     kept = kept_columns(in_features, keep_n, keep_m)
     keep = None if mask is None else unpack_plane(mask, in_features)
-    signs = _signs(_spread(unpack_plane(sign, kept), keep))
+    signs = _signs(spread(unpack_plane(sign, kept), keep))
     code = torch.zeros_like(signs, dtype=torch.uint8)
     if group is not None:
         for p, plane in enumerate(group):
-            code |= _spread(unpack_plane(plane, kept), keep).to(torch.uint8) << p
+            code |= spread(unpack_plane(plane, kept), keep).to(torch.uint8) << p
     scale = row_scale.float()
     shift = None if row_shift is None else row_shift.float()
     cols = None if col_scale is None else col_scale.float()
@@ -154,8 +154,8 @@ def _signs(bits: Tensor) -> Tensor:
     return bits.to(torch.float32).mul_(2).sub_(1)
 
 
-def _spread(bits: Tensor, keep: Tensor | None) -> Tensor:
-    """Put the kept bits of each row at their columns; the kept positions of a row are stored in column order."""
+def spread(bits: Tensor, keep: Tensor | None) -> Tensor:
+    """Put the kept bits (n, kept) of each row at their columns (n, k); they are stored in column order."""
     if keep is None:
         return bits
     return torch.zeros_like(keep).masked_scatter_(keep, bits)
@@ -173,6 +173,7 @@ def _by_code(code: Tensor, table: Tensor, block_size: int) -> Tensor:
     """``table[code, block, row]``: code (n, k), table (entries, blocks, n) -> (n, k)."""
     rows, columns = code.shape
     blocks = table.shape[1]
+    block_size = min(block_size, columns)  # one wide block must not be padded to its nominal width
     padded = torch.nn.functional.pad(code, (0, blocks * block_size - columns)).view(rows, blocks, block_size)
     entries = table.transpose(1, 2).unsqueeze(-1)  # (entries, n, blocks, 1)
     out = entries[0].expand(padded.shape)

@@ -178,7 +178,7 @@ class Toy(nn.Module):
         self.layers = nn.ModuleList(ToyBlock(in_tuple) for _ in range(3))
         self.order, self.keyword = order, keyword
 
-    def forward(self, input_ids, use_cache):
+    def forward(self, input_ids, use_cache, logits_to_keep=0):
         assert use_cache is False
         hidden = self.embed(input_ids)
         for number in self.order:
@@ -229,9 +229,6 @@ def test_blocks_that_are_not_called_are_named():
     assert not any("forward" in block.__dict__ for block in [*skipping.layers, *idle.layers])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the pass ends at the first call of the last block, so a second round is not seen"
-)
 def test_blocks_that_are_called_twice_are_refused():
     toy = Toy([0, 1, 2, 0, 1, 2])
     with pytest.raises(UnsupportedModelError):
@@ -279,7 +276,6 @@ def test_replaced_forward_ends_when_making_one_fails():
     assert not any("forward" in module.__dict__ for module in modules)
 
 
-@pytest.mark.xfail(strict=True, reason="the forward that an instance had before (hooks of accelerate) is thrown away")
 def test_a_forward_of_the_instance_comes_back():
     module = nn.Linear(2, 2)
     own = module.forward
@@ -396,7 +392,6 @@ def test_sharing_must_not_stop_in_a_later_batch():
     assert not b._forward_pre_hooks
 
 
-@pytest.mark.xfail(strict=True, reason="one object is taken for one content; a change in place in between is not seen")
 def test_input_changed_in_place_between_two_layers():
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     x = torch.ones(1, 3, 2)

@@ -115,7 +115,6 @@ def test_a_file_that_is_not_there_is_named(files, tmp_path):
         CheckpointSource([*files[0], tmp_path / "gone.safetensors"])
 
 
-@pytest.mark.xfail(strict=True, reason="only the first look at a file turns its errors into ours")
 @pytest.mark.parametrize("late", ["removed", "cut"])
 def test_damage_during_the_run_is_named(files, late):
     source = CheckpointSource(files[0])
@@ -128,7 +127,6 @@ def test_damage_during_the_run_is_named(files, late):
         source.read("model.layers.0.q.weight", torch.float32)
 
 
-@pytest.mark.xfail(strict=True, reason="the file that is read last wins without a word")
 def test_a_tensor_in_two_files_is_refused(tmp_path):
     for number in (1, 2):
         save_file({"weight": torch.full((2,), float(number))}, tmp_path / f"{number}.safetensors")

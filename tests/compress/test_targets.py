@@ -238,7 +238,6 @@ def test_a_model_without_linear_layers_is_refused_with_its_reasons_in_a_calibrat
         plan_run(gpt2(), ARBConfig(), calibrated=True)
 
 
-@pytest.mark.xfail(strict=True, reason="a pattern counts as used when any module matches, a norm for example")
 def test_a_rule_that_only_covers_a_norm_is_refused():
     with pytest.raises(ValueError, match="input_layernorm"):
         select(tiny_model("llama"), LowBitRecipe({"input_layernorm": FREE, "*": FREE}), None)

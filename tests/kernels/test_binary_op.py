@@ -373,7 +373,6 @@ def test_work_space_is_of_the_size_of_the_weight(block):
     assert _work_space(block) <= 4 * 128  # 4 rows; planes are padded to 128 columns, nothing else needs more
 
 
-@pytest.mark.xfail(strict=True, reason="a block wider than the layer is padded in full, so a file decides the memory")
 def test_work_space_does_not_grow_with_the_block_size():
     assert _work_space(2**16) <= 4 * 128
 
@@ -415,19 +414,10 @@ def _compiled_matches_eager(backend):
             assert relative_rms(other, eager.double()) < 20 * EPS
 
 
-COMPILES = pytest.mark.xfail(
-    strict=True,
-    raises=torch._dynamo.exc.Unsupported,
-    reason="PackedLinear.forward calls dataclasses.fields on a class, which the tracer does not follow",
-)
-
-
-@COMPILES
 def test_compile_traces_without_a_break():
     _compiled_matches_eager("aot_eager")
 
 
-@COMPILES
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ for the CPU")
 def test_compile_with_the_default_backend():
