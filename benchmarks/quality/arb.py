@@ -1,7 +1,7 @@
 """End-to-end quality of ARB-LLM on SmolLM2-135M: compress, save, load back, measure perplexity on held-out articles.
 
     python -m benchmarks.quality.arb                    # dense, rounding and all variants, about an hour on two cores
-    python -m benchmarks.quality.arb --only rc-cgb x-cgb
+    python -m benchmarks.quality.arb --only rc-cgb --samples 32 --suffix=-32x512
     python -m benchmarks.report                         # renders the tables of README from the result files
 
 Writes ``benchmarks/results/quality/<variant>.json``. Every variant goes through the files: what is measured is what a
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hf_lowbit.report.evaluate import perplexity
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,6 +25,7 @@ import assets
 from benchmarks.common import calibration_sequences, heldout_sequences, write_result
 from hf_lowbit import ARBConfig, packed_modules
 from hf_lowbit.hf.save import save_model
+from hf_lowbit.report.evaluate import perplexity
 
 # name of the result -> options of ARBConfig; None is the dense model
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -92,13 +92,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--heldout", type=int, default=32, help="held-out sequences")
+    parser.add_argument("--suffix", default="", help="of the result files' names, for other settings")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
     calibration = calibration_sequences(tokenizer, arguments.samples, arguments.sequence_length)
     heldout = heldout_sequences(tokenizer, arguments.heldout, arguments.sequence_length)
     for name in arguments.only:
         result = measure(name, calibration, heldout)
-        write_result(f"quality/{name}", result)
+        write_result(f"quality/{name}{arguments.suffix}", result)
         print(
             name, {key: result.get(key) for key in ("perplexity", "bits_per_weight", "bytes", "seconds")}, flush=True
         )
