@@ -271,7 +271,7 @@ def _module_table_problems(table: Any) -> list[str]:
 
 
 # Text datasets that calibration and evaluation know by name; loaded through `datasets`, which needs a network.
-DATASETS = ("c4", "wikitext2", "ptb")
+DATASETS = ("c4", "wikitext2")
 
 
 @dataclasses.dataclass(kw_only=True)

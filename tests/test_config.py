@@ -75,7 +75,7 @@ def test_defaults_are_written_out():
         ("compensation", ["exact", "reference", "none"], ["None", None, False]),
         ("scale_dtype", ["float16", "bfloat16", "float32"], ["float64", torch.float16]),
         ("skip", [(), ("lm_head",), ["a", "b.*"]], ["lm_head", None, [""], [1], {"a": 1}]),
-        ("calibration", ["c4", "wikitext2", "ptb", None, "a/file.txt"], ["", True, 3, 0.5]),
+        ("calibration", ["c4", "wikitext2", None, "a/file.txt"], ["", True, 3, 0.5]),
         ("modules", [None, {}, TABLE], [[], "x", {"a": 1}, {"a": {}}, {"a": {**TABLE["model.q"], "b": 1}}]),
         ("run", [RunOptions(batch_size=1)], [None, RunOptions(batch_size=0), RunOptions(batch_size=True), {}]),
     ],
@@ -216,7 +216,7 @@ def test_equality_with_tensors():
 RECORD = CalibrationRecord(kind="texts", sha256="ab" * 32, tokens=5)
 CONFIGS = {
     "default": ARBConfig(),
-    "options": ARBConfig(variant="x", damping=1, samples=7, skip=["lm_head", "*.3.*"], calibration="ptb"),
+    "options": ARBConfig(variant="x", damping=1, samples=7, skip=["lm_head", "*.3.*"], calibration="wikitext2"),
     "no data": ARBConfig(calibration=None),
     "finished": ARBConfig(calibration=RECORD, modules=TABLE),
     "recipe": LowBitRecipe(
@@ -333,7 +333,7 @@ def test_any_stored_rules_give_a_config_or_a_value_error(value):
         ({"kind": "texts", "colour": 1}, "a calibration record has .*, got .*colour"),
         ({"kind": 3}, "calibration.kind must be one of .*, got 3"),
         ({"kind": "texts", "tokens": "many", "sha256": 1}, "calibration.tokens must be a count, got 'many'"),
-        ("somebody/else/text.txt", "a stored calibration is one of c4, wikitext2, ptb, got"),
+        ("somebody/else/text.txt", "a stored calibration is one of c4, wikitext2, got"),
         (["some text"], "a stored calibration is one of"),
     ],
 )

@@ -21,7 +21,6 @@ from hf_lowbit.errors import CalibrationError
 _SOURCES = {
     "c4": ("allenai/c4", "en", "train", "validation", "text"),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test", "text"),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "train", "test", "sentence"),
 }
 # Taken from the start of a dataset: about two million tokens, eight times what the largest published run used.
 _DATASET_CHARACTERS = 8_000_000

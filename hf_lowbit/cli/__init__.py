@@ -108,7 +108,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="NAME|FILE|FOLDER|none",
-            help="Text to calibrate on: c4, wikitext2 or ptb (need a network), a text file or folder, or none.",
+            help="Text to calibrate on: c4 or wikitext2 (need a network), a text file or folder, or none.",
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
@@ -215,7 +215,7 @@ def evaluate(
     path: Packed,
     against: Annotated[str | None, typer.Option(metavar="DENSE", help="Model to compare with.")] = None,
     data: Annotated[
-        str, typer.Option(metavar="NAME|FILE|FOLDER", help="Held-out text: wikitext2, c4, ptb, or your own.")
+        str, typer.Option(metavar="NAME|FILE|FOLDER", help="Held-out text: wikitext2, c4, or your own.")
     ] = "wikitext2",
     samples: Annotated[int, typer.Option(help="Sequences, from the start of the text.")] = 8,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,

@@ -143,7 +143,6 @@ def test_inspect(packed: Path, tmp_path: Path) -> None:
     assert content["total_bytes"] == sum(file.stat().st_size for file in packed.iterdir())
     assert len(content["modules"]) == 14
     assert "modules" not in json.loads(run("inspect", packed, "--json").stdout)
-    pytest.importorskip("matplotlib")
     result = run("inspect", packed, "--layers", "--plot", tmp_path / "plot.png")
     assert result.exit_code == 0
     assert f"{content['total_bytes']:,}" in result.stdout

@@ -108,7 +108,6 @@ def test_a_run_without_data_has_no_errors_but_tables(tmp_path: Path) -> None:
 
 
 def test_a_plot_is_a_png_file(saved: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     assert save_plot(inspect(saved), tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"\.png"):
         save_plot(inspect(saved), tmp_path / "plot.pdf")
