@@ -74,12 +74,14 @@ class RunOptions:
         progress: show a progress bar.
         report: file that receives one JSON line per layer, or None.
         tokenizer: tokenizer for calibration text; None loads the model's own.
+        verify: compare checksums when a packed model is loaded; False puts that off (see ``hf-lowbit verify``).
     """
 
     batch_size: int = 4
     progress: bool = True
-    report: Path | None = None
+    report: Path | str | None = None
     tokenizer: Any = None
+    verify: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,8 @@ class LowBitConfig(QuantizationConfigMixin):
 
     # transformers' mixin is an unfrozen dataclass, from which a frozen one may not inherit
     def __setattr__(self, name: str, value: Any) -> None:
-        if getattr(self, "_frozen", False):
+        # transformers sets loading attributes on the stored config, see get_loading_attributes
+        if getattr(self, "_frozen", False) and not (name == "run" and isinstance(value, RunOptions)):
             raise dataclasses.FrozenInstanceError(
                 f"{type(self).__name__} is frozen; use dataclasses.replace(config, {name}=...)"
             )
@@ -145,6 +148,10 @@ class LowBitConfig(QuantizationConfigMixin):
     def needs(self) -> str:
         """Data that a run with these options needs: "none" or "tokens"."""
         return "none"
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Return what of a config passed to ``from_pretrained`` counts for a packed checkpoint: ``run`` alone."""
+        return {"run": self.run}
 
     @classmethod
     def options(cls) -> dict[str, dataclasses.Field[Any]]:

@@ -6,6 +6,7 @@ and exit code 2; the hidden ``--debug`` shows the traceback instead.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -208,6 +209,33 @@ def inspect(
         _show_tables(inspection_tables(inspection, layers))
         if plot is not None:
             _show(f"drawn in {plot}")
+
+
+@_command()
+def verify(path: Packed, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Check a compressed model: config, headers, checksums, and every index, bitmap and scale.
+
+    Exit code 0 for a sound model, 1 for a damaged one, 2 if it cannot be read as a compressed model at all.
+
+    Example:
+
+    hf-lowbit verify model-1bit
+    """
+    from hf_lowbit.report.verify import verify as verify_folder
+
+    found = verify_folder(path)
+    if as_json:
+        _show_json(dataclasses.asdict(found))
+    else:
+        for problem in found.problems:
+            _show(f"damaged: {problem}")
+        state = "damaged" if found.problems else "sound"
+        _show(
+            f"{found.name}: {state}; {found.modules} packed layers, {found.checksums} of {found.tensors} tensors "
+            "compared with their checksums"
+        )
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @_command(name="eval")

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, cast
 
 import psutil
@@ -257,21 +258,16 @@ def check_calibration(config: LowBitConfig) -> CalibratedConfig | None:
         return None
     first = needy[0]
     for other in needy[1:]:
-        for field in ("samples", "sequence_length", "seed"):
+        for field in ("calibration", "samples", "sequence_length", "seed"):
             if getattr(other, field) != getattr(first, field):
                 raise ValueError(f"all rules of a recipe share one calibration; {field} differs between them")
-        if (
-            other.calibration is not first.calibration
-            and other._values()["calibration"] != first._values()["calibration"]
-        ):
-            raise ValueError("all rules of a recipe share one calibration; calibration differs between them")
     return first
 
 
 def compress_model(
     model: nn.Module, config: LowBitConfig, source: CheckpointSource | None = None, tokenizer: Any = None
 ) -> tuple[LowBitConfig, RunReport]:
-    """Compress a model in place.
+    """Compress a model in place. A run that fails half-way leaves the model half compressed: load it again.
 
     Args:
         model: a decoder with finite weights; layers whose weight is a stub of one element are read from ``source``.
@@ -300,7 +296,7 @@ def compress_model(
         embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         tokens, record = calibration_tokens(calibrated, config.run.tokenizer or tokenizer, embeddings)
     if config.run.report is not None:
-        config.run.report.write_text("", encoding="utf-8")
+        Path(config.run.report).write_text("", encoding="utf-8")
     run.bar = tqdm(total=len(targets.methods), desc="compressing", unit="layer", disable=not config.run.progress)
     try:
         with torch.no_grad():

@@ -23,6 +23,7 @@ from hf_lowbit import (
     UnsupportedModelError,
     packed_modules,
 )
+from hf_lowbit.compress.checksums import metadata_of
 from tests.tiny import ARCHITECTURES, tiny_model, tokens
 
 QUIET = RunOptions(progress=False, batch_size=2)
@@ -193,6 +194,13 @@ def test_saved_config_says_what_was_done_but_not_where(dense_path, tmp_path):
     assert isinstance(loaded.config.quantization_config.calibration, CalibrationRecord)
 
 
+def test_rules_with_different_calibrations_are_refused(dense_path):
+    other = torch.flip(tokens(), dims=[1])
+    recipe = LowBitRecipe({"*.down_proj": quick(calibration=other), "*": quick()}, run=QUIET)
+    with pytest.raises(ValueError, match="calibration differs between them"):
+        AutoModelForCausalLM.from_pretrained(dense_path, quantization_config=recipe)
+
+
 def test_recipe_mixes_options_and_skips(dense_path, tmp_path):
     recipe = LowBitRecipe({"*.down_proj": quick(variant="x"), "*": quick()}, skip=["layers.1.self_attn"], run=QUIET)
     model = AutoModelForCausalLM.from_pretrained(dense_path, quantization_config=recipe)
@@ -252,7 +260,7 @@ def test_registration_twice_changes_nothing():
 def rewrite(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **metadata_of(tensors)})
 
 
 def edit_config(folder, change):

@@ -1,0 +1,67 @@
+"""Check a packed model on disk: config against headers, every checksum, and every value an index or scale may take.
+
+Layers are read one at a time, so this needs little memory whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from hf_lowbit.compress.checksums import damaged_tensors
+from hf_lowbit.compress.headers import packed_layer_spec
+from hf_lowbit.compress.source import CheckpointSource
+from hf_lowbit.report.headers import read_checkpoint
+from hf_lowbit.report.inspect import inspect_checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """Outcome of :func:`verify`.
+
+    Attributes:
+        name: of the folder or repository.
+        modules: packed layers whose values were checked.
+        tensors: tensors in the weight files.
+        checksums: tensors that were compared with a checksum.
+        problems: what is wrong, tensor and file named; empty for a sound model.
+    """
+
+    name: str
+    modules: int
+    tensors: int
+    checksums: int
+    problems: tuple[str, ...]
+
+
+def verify(path: str | Path) -> Verification:
+    """Check a compressed model.
+
+    Args:
+        path: a folder, or the name of a repository on the Hub, whose weights are fetched.
+
+    Raises:
+        CheckpointError: not compressed by this package, or so damaged that headers or config cannot be read.
+        ValueError: neither a folder nor a repository name.
+    """
+    checkpoint = read_checkpoint(path)
+    found = inspect_checkpoint(checkpoint)
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    files = [folder / name for name in sorted(checkpoint.weight_files)]
+    problems, compared = damaged_tensors(files)
+    source = CheckpointSource(files)
+    for module in found.modules:
+        format_type, spec = packed_layer_spec(module.name, {"format": module.format, "spec": module.spec})
+        state = {
+            name: source.read(f"{module.name}.weight_{name}", dtype)
+            for name, (_, dtype) in format_type.shapes(spec).items()
+        }
+        try:
+            format_type.from_state(state, spec).validate(module.name)
+        except ValueError as error:
+            problems.append(str(error))
+    return Verification(found.name, len(found.modules), len(checkpoint.tensors), compared, tuple(problems))
