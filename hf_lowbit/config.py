@@ -74,6 +74,8 @@ class RunOptions:
         progress: show a progress bar.
         report: file that receives one JSON line per layer, or None.
         tokenizer: tokenizer for calibration text; None loads the model's own.
+        journal: folder that records finished layers, so that a run can be resumed; None for no journal.
+        resume: go on with the run that the journal records.
         verify: compare checksums when a packed model is loaded; False puts that off (see ``hf-lowbit verify``).
     """
 
@@ -81,6 +83,8 @@ class RunOptions:
     progress: bool = True
     report: Path | str | None = None
     tokenizer: Any = None
+    journal: Path | str | None = None
+    resume: bool = False
     verify: bool = True
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,13 +122,17 @@ def quantize(
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file; KB, MB, GB or TB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model saved there before.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Compress a dense model and save it.
 
     The model is calibrated and compressed block by block, so memory holds the packed part and one dense block.
-    OUT appears when everything is written; an interrupted run leaves nothing behind.
+    OUT appears when everything is written. What is finished is kept in a hidden folder beside it until then, so an
+    interrupted run goes on with --resume and ends with the same bytes.
 
     Example:
 
@@ -143,11 +148,15 @@ def quantize(
     fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if calibration == "none":
         fields["calibration"] = None
-    config = config_of(method, option or [], recipe, skip or [], fields, RunOptions(batch_size=batch_size))
+    journal = out.expanduser().resolve().with_name(f".{out.name}.run")
+    run = RunOptions(batch_size=batch_size, journal=journal, resume=resume)
+    config = config_of(method, option or [], recipe, skip or [], fields, run)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     check_shard_size(max_shard_size)
     target = check_target(out, overwrite)
+    if journal.exists() and not resume:
+        raise ValueError(f"{journal}: holds an unfinished run; go on with --resume, or remove this folder")
     if Path(model).exists() and Path(model).resolve() == target:
         raise ValueError(f"{out}: is the dense model itself; choose another folder")
 
@@ -161,6 +170,7 @@ def quantize(
     packed: Any = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=dtype)
     report = packed.hf_quantizer.report
     save_model(packed, out, tokenizer, report.rows, overwrite, max_shard_size)
+    shutil.rmtree(journal)
     inspection = inspect_folder(out)
     if as_json:
         content = {"seconds": report.seconds, "left_dense": report.dense}

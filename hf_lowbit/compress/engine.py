@@ -24,6 +24,7 @@ from hf_lowbit import registry
 from hf_lowbit.calibration import capture
 from hf_lowbit.calibration.data import calibration_tokens
 from hf_lowbit.calibration.stats import LinearStats
+from hf_lowbit.compress.journal import Journal, run_identity
 from hf_lowbit.compress.source import CheckpointSource
 from hf_lowbit.compress.targets import Targets, plan_run
 from hf_lowbit.config import CalibratedConfig, CalibrationRecord, LowBitConfig
@@ -72,6 +73,7 @@ class Run:
         self.options = config.run
         self.rows: list[dict[str, Any]] = []
         self.table: dict[str, dict[str, Any]] = {}
+        self.journal: Journal | None = None
         self.bar: Any = None
 
     def deferred(self, name: str) -> bool:
@@ -128,6 +130,17 @@ class Run:
                     self._place(name, packed, row)
         finally:
             torch.set_num_threads(threads)
+        if self.journal is not None:
+            layers = {name: cast(PackedLinear, self.model.get_submodule(name)).packed for name in names}
+            self.journal.append(layers, self.rows[-len(names) :], {name: self.table[name] for name in names})
+
+    def restored(self, names: list[str]) -> bool:
+        """Take layers from the journal if they are finished; the dense weights are not read then."""
+        if self.journal is None or not all(name in self.journal for name in names):
+            return False
+        for name in names:
+            self._place(name, self.journal.packed(name), self.journal.rows[name])
+        return True
 
     def _pack(self, name: str, stats: LinearStats | None) -> tuple[Format, dict[str, Any]]:
         """Compute the packed form of one layer and its row for the report."""
@@ -162,7 +175,7 @@ class Run:
             "spec": packed.spec.to_json(),
             "error": None if error is None else round(error, 6),
         }
-        row["resident_bytes"] = psutil.Process().memory_info().rss
+        row.setdefault("resident_bytes", psutil.Process().memory_info().rss)
         self.rows.append(row)
         if self.options.report is not None:
             with open(self.options.report, "a", encoding="utf-8") as file:
@@ -175,7 +188,7 @@ class Run:
 
     def without_data(self) -> None:
         """Compress every target from its weights alone."""
-        names = list(self.targets.methods)
+        names = [name for name in self.targets.methods if not self.restored([name])]
         step = torch.get_num_threads()  # as many dense layers in memory as are worked on
         for start in range(0, len(names), step):
             self.materialize(names[start : start + step])
@@ -192,14 +205,17 @@ class Run:
         calls: list[list[capture.BlockCall]] | None = None
         for i, (prefix, block) in enumerate(blocks.items()):
             names = [name for name in self.targets.methods if name.startswith(f"{prefix}.")]
-            self.materialize(names)
+            done = self.restored(names)
+            if not done:
+                self.materialize(names)
             if calls is None:  # the first block's output tells what blocks return, which the recording pass must mimic
                 probe = next(iter(capture.run_block(block, hidden[:1], first_calls[:1])))
                 wrap = capture.output_wrapper(probe)
                 with torch.no_grad():
                     calls = [capture.block_calls(self.model, modules, batch, wrap) for batch in batches]
             own = [call[i] for call in calls]
-            self._compress_block(block, names, hidden, own)
+            if not done:
+                self._compress_block(block, names, hidden, own)
             hidden = [capture.hidden_of(output) for output in capture.run_block(block, hidden, own)]
 
     def _compress_block(
@@ -295,6 +311,11 @@ def compress_model(
     if calibrated is not None:
         embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         tokens, record = calibration_tokens(calibrated, config.run.tokenizer or tokenizer, embeddings)
+    if config.run.journal is not None:
+        if source is None:
+            raise ValueError("a journal needs a dense checkpoint in safetensors files, to know it again")
+        identity = run_identity(config.to_dict(), None if record is None else record.sha256, source.files)
+        run.journal = Journal(Path(config.run.journal), identity, config.run.resume)
     if config.run.report is not None:
         Path(config.run.report).write_text("", encoding="utf-8")
     run.bar = tqdm(total=len(targets.methods), desc="compressing", unit="layer", disable=not config.run.progress)

@@ -30,9 +30,10 @@ class CheckpointSource:
         Raises:
             CheckpointError: a file cannot be read as safetensors, or a tensor lies in two of them.
         """
+        self.files = [Path(file) for file in files]
         self._file_of: dict[str, Path] = {}
         self._prefix = base_prefix
-        for file in map(Path, files):
+        for file in self.files:
             for key in read_headers(file):
                 if key in self._file_of:
                     raise CheckpointError(f"{key}: is in {self._file_of[key].name} and in {file.name}")

@@ -101,13 +101,27 @@ def save_model(
         if rows is not None:
             lines = "".join(json.dumps(dict(row)) + "\n" for row in rows)
             (partial / REPORT_FILE).write_text(lines, encoding="utf-8")
-        for file in partial.glob("*.safetensors"):  # written readable for the owner only, unlike all the others
+        for file in partial.glob("*.safetensors"):
+            _order_header(file)
+            # written readable for the owner only, unlike all the others
             shutil.copymode(partial / "config.json", file)
         _put_in_place(partial, target, target.with_name(f".{target.name}.{mark}.old"))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return target
+
+
+def _order_header(file: Path) -> None:
+    """Sort the metadata in a header: safetensors writes it in random order, and equal models should be equal files."""
+    with open(file, "r+b") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # always so: the same content, without the padding
+            handle.seek(8)
+            handle.write(text.ljust(length))
 
 
 def _put_in_place(new: Path, target: Path, aside: Path) -> None:

@@ -189,3 +189,25 @@ def test_help_and_version() -> None:
         assert result.exit_code == 0
         assert "Example:" in result.stdout
         assert "--debug" not in result.stdout
+
+
+def test_interrupted_quantize_is_resumed(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_lowbit.compress.engine import Run
+
+    original = Run.compress_layers
+
+    def fail(self: Run, names: list[str], stats: dict[str, Any]) -> None:
+        if any(".layers.1." in name for name in names):
+            raise ValueError("stopped here")
+        original(self, names, stats)
+
+    options = [word for option in QUICK for word in ("--option", option)]
+    arguments = ("quantize", dense, tmp_path / "out", "--method", "arb", "--calibration", "none", *options)
+    monkeypatch.setattr(Run, "compress_layers", fail)
+    assert "stopped here" in run(*arguments).stderr
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Run, "compress_layers", original)
+    assert "unfinished run" in run(*arguments).stderr
+    assert run(*arguments, "--resume").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert run("verify", tmp_path / "out").exit_code == 0
