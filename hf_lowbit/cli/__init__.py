@@ -21,7 +21,7 @@ from rich.markup import escape
 
 app = typer.Typer(
     name="hf-lowbit",
-    help="Compress Hugging Face models to about a bit per weight, look at what came out, and measure it.\n\n"
+    help="Compress Hugging Face models to a sign bit per weight, look at what came out, and measure it.\n\n"
     "Start with: [bold]hf-lowbit methods[/bold], then hf-lowbit quantize --help",
     no_args_is_help=True,
     rich_markup_mode="rich",
