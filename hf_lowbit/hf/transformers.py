@@ -24,6 +24,7 @@ from hf_lowbit.compress.headers import TensorHeader, compare, packed_layer_spec,
 from hf_lowbit.compress.targets import plan_run
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig, calibration_kind
 from hf_lowbit.errors import CheckpointError
+from hf_lowbit.formats import FORMATS
 from hf_lowbit.layers import PackedLinear, packed_modules
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,10 @@ class LowBitHfQuantizer(HfQuantizer):
                 model.set_submodule(name, _empty_layer(stored, row, linear, headers))
             except ValueError as error:
                 problems.append(str(error))
+        leaves = {f"weight_{name}" for format_type in FORMATS.values() for name in format_type.tensor_names}
+        left_over = {key.rpartition(".")[0] for key in headers if key.rpartition(".")[2] in leaves}
+        for stored in sorted(left_over - set(self.quantization_config.modules or {})):
+            problems.append(f"{stored}: the files hold packed tensors of it, config.json does not list it")
         _raise_first(problems)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:

@@ -325,9 +325,9 @@ def test_bad_config_is_refused(copied, change, message):
 
 
 def test_module_missing_from_the_table_fails_loudly(copied):
-    """Its layer would be dense with a weight of one element: a shape error, never random weights."""
+    """Its layer would be dense with a weight of one element, which some versions of transformers let pass."""
     edit_config(copied, lambda q: q["modules"].pop(FIRST))
-    with pytest.raises((RuntimeError, CheckpointError), match=r"size|shape|mismatch"):
+    with pytest.raises(CheckpointError, match=rf"{FIRST}: the files hold packed tensors of it"):
         AutoModelForCausalLM.from_pretrained(copied)
 
 
