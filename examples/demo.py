@@ -76,9 +76,10 @@ def continuation(model: Any, tokenizer: Any, count: int = 24) -> str:
 
 def result_table(results: dict[str, dict[str, Any]], dense_bytes: int, dense_perplexity: float) -> Table:
     """Return quality beside size, dense model first."""
-    table = Table(title="held-out perplexity and true size", title_justify="left")
-    for name in ("model", "perplexity", "bits per packed weight", "on disk", "seconds"):
-        table.add_column(name, justify="left" if name == "model" else "right")
+    table = Table(title="held-out perplexity; bits per weight of the packed layers", title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for name in ("perplexity", "bits per weight", "on disk", "seconds"):
+        table.add_column(name, justify="right")
     table.add_row("dense, bfloat16", f"{dense_perplexity:.2f}", "16", size_text(dense_bytes), "")
     titles = {"rounding": "plain 1-bit rounding", "billm": "BiLLM-style", "arb-rc": "ARB-LLM_RC"}
     for name, row in results.items():
