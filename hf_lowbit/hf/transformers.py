@@ -268,8 +268,11 @@ def quantize(model: Any, config: LowBitConfig) -> RunReport:
         The report of the run; the model can be saved with ``save_pretrained`` afterwards.
 
     Raises:
+        TypeError: ``config`` is no config of this package.
         ValueError: the model is quantized already; and all that :func:`compress_model` raises.
     """
+    if not isinstance(config, LowBitConfig):
+        raise TypeError(f"config must be a config of hf_lowbit, such as ARBConfig, got {type(config).__name__}")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{type(model).__name__} is quantized already; load the dense checkpoint instead")
     finished, report = compress_model(model, config, tokenizer=_tokenizer_for(config, model))

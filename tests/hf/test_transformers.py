@@ -249,6 +249,11 @@ def test_gradient_reaches_the_input_but_not_the_weights(packed_path):
         assert all(parameter.grad is None for parameter in layer.parameters())
 
 
+def test_something_else_than_a_config_is_refused():
+    with pytest.raises(TypeError, match="config must be a config of hf_lowbit, such as ARBConfig, got dict"):
+        hf_lowbit.quantize(tiny_model(), {"method": "arb"})
+
+
 def test_registration_twice_changes_nothing():
     hf_lowbit.register()
     hf_lowbit.register()

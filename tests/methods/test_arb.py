@@ -227,6 +227,15 @@ def test_result_scales_with_the_weights(variant):
     assert torch.equal(small, quantize(weight, moment, config, "layer").unpack() * 2.0**-20)
 
 
+def test_overflow_names_the_layer():
+    """Weights beyond float16, and weights whose saliency overflows float32."""
+    weight, moment = (torch.tensor(part).float() for part in layer())
+    with pytest.raises(ValueError, match=r"block\.q_proj: a scale leaves the range of float16"):
+        quantize(weight * 1e5, moment, options(scale_dtype="float16"), "block.q_proj")
+    with pytest.raises(ValueError, match=r"block\.q_proj: no candidate of the search has a finite error"):
+        quantize(weight * 1e25, moment, options(), "block.q_proj")
+
+
 def test_singular_second_moment_is_damped():
     """Fewer tokens than columns: still positive definite after damping, result finite."""
     weight, _ = layer(6, 96)

@@ -116,10 +116,15 @@ def quantize_blocks(
             block = _one_group(columns, start)
         else:
             spread = None if factor is None else factor.diagonal()[start:end]
-            block = _fit_block(columns, start, spread, own_moment, options, where, trace)
+            try:
+                block = _fit_block(columns, start, spread, own_moment, options, where, trace)
+            except ValueError as failure:  # a search that overflows knows no layer
+                raise ValueError(f"{where}: {failure}") from failure
         dtype = SCALE_DTYPES[options.scale_dtype]
         block.fits = [fit.canonical().rounded(dtype) for fit in block.fits]
         quantized[:, start:end] = block.dense()
+        if not bool(torch.isfinite(quantized[:, start:end]).all()):
+            raise ValueError(f"{where}: a scale leaves the range of {options.scale_dtype}; use scale_dtype='float32'")
         if factor is not None and options.compensation != "none" and end < current.shape[1]:
             error = columns - quantized[:, start:end]
             current[:, end:] -= compensate(error, factor, start, end, options.compensation == "exact")
