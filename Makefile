@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint quality
+.PHONY: help venv demo test test-slow matrix lint quality drills
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: $(STAMP) ## run the tests, without those marked slow or gpu
 test-slow: $(STAMP) ## run the tests marked slow
 	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu'
 
+matrix: $(STAMP) ## run the tests of the life cycle with every supported transformers
+	$(BIN)/python -m tests.matrix --workers 2
+
 lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,3 +38,6 @@ lint: $(STAMP) ## check style, formatting and types
 
 quality: $(STAMP) ## measure the quality of ARB-LLM beside the dense model and plain baselines
 	$(BIN)/python -m benchmarks.quality.arb
+
+drills: $(STAMP) ## flip bytes, kill processes, measure memory and loading (about half an hour)
+	$(BIN)/python -m tests.drills

@@ -155,6 +155,29 @@ def decode() -> str:
     )
 
 
+def drills() -> str:
+    """Return what the drills require and found, and where they ran."""
+    path = RESULTS / "drills.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if not results:
+        return "Not run yet."
+    met = {True: "yes", False: "**no**", None: "–"}
+    rows = [
+        [name.replace("_", " "), check["requirement"], check["found"], met[check["met"]]]
+        for name, result in results.items()
+        for check in result["checks"]
+    ]
+    lines = []
+    for name, result in results.items():
+        environment = result["environment"]
+        packages = ", ".join(f"{package} {number}" for package, number in environment["packages"].items())
+        lines.append(
+            f"* {name.replace('_', ' ')}: {result['seconds'] / 60:.0f} min on {environment['threads']} thread(s) of "
+            f"{environment['cpu']}, Python {environment['python']}, {packages}, commit {environment['commit']}"
+        )
+    return _table(["drill", "required", "found", "met"], rows) + "\n\n" + "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality-short": quality_short,
     "quality-full": quality_full,
@@ -162,6 +185,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-layers": layers,
     "quality-order": order,
     "decode": decode,
+    "drills": drills,
 }
 
 

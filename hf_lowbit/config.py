@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
+import reprlib
+import sys
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -21,6 +24,8 @@ from typing import Any, ClassVar
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1
+# Text in a stored config ends up on a terminal: longer than this it is no name of a module and no reason.
+_LONGEST = 1000
 # Keys of the JSON that are not options: the first is transformers' own, the last is for the reader of the file only.
 _ENVELOPE = ("quant_method", "method", "format_version", "hf_lowbit_version")
 
@@ -48,20 +53,57 @@ def option(
     return dataclasses.field(default=default, metadata={"option": rules})
 
 
+_clipped = reprlib.Repr()
+_clipped.maxstring = _clipped.maxother = 120
+_MOST_PROBLEMS = 20
+
+
+def shown(value: Any) -> str:
+    """``repr`` for messages, cut short: what a file holds may be long, deeply nested or full of control characters."""
+    return _clipped.repr(value)
+
+
+def _listed(problems: list[str]) -> str:
+    """Join problems, the first of very many."""
+    more = len(problems) - _MOST_PROBLEMS
+    return "; ".join(problems[:_MOST_PROBLEMS]) + (f"; {more} more" if more > 0 else "")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Read JSON from somebody's file.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, or a key given twice (readers differ on which one counts).
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object_without_doubles)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _object_without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} is given twice")
+        found[key] = value
+    return found
+
+
 def _option_problem(name: str, value: Any, default: Any, rules: Mapping[str, Any]) -> str | None:
     if rules["choices"] is not None:
         allowed = ", ".join(map(repr, rules["choices"]))
-        return None if value in rules["choices"] else f"{name} must be one of {allowed}, got {value!r}"
+        return None if value in rules["choices"] else f"{name} must be one of {allowed}, got {shown(value)}"
     want = type(default)
     if type(value) is not want and not (want is float and type(value) is int):
-        return f"{name} must be of type {want.__name__}, got {value!r}"
+        return f"{name} must be of type {want.__name__}, got {shown(value)}"
     low, high, step = rules["low"], rules["high"], rules["multiple_of"]
     # `not (low <= value)` rather than `value < low`, so that NaN is refused too
     if (low is not None and not low <= value) or (high is not None and not value <= high):
         limits = f"from {low} to {high}" if high is not None else f"at least {low}"
-        return f"{name} must be {limits}, got {value!r}"
+        return f"{name} must be {limits}, got {shown(value)}"
     if step is not None and value % step:
-        return f"{name} must be a multiple of {step}, got {value!r}"
+        return f"{name} must be a multiple of {step}, got {shown(value)}"
     return None
 
 
@@ -133,7 +175,7 @@ class LowBitConfig(QuantizationConfigMixin):
             self.skip = tuple(self.skip)
         problems = self.problems()
         if problems:
-            raise ValueError(f"{type(self).__name__}: {'; '.join(problems)}")
+            raise ValueError(f"{type(self).__name__}: {_listed(problems)}")
         object.__setattr__(self, "_frozen", True)
 
     # transformers' mixin is an unfrozen dataclass, from which a frozen one may not inherit
@@ -169,12 +211,12 @@ class LowBitConfig(QuantizationConfigMixin):
             problem = _option_problem(name, getattr(self, name), field.default, field.metadata["option"])
             found += [problem] if problem else []
         if not isinstance(self.skip, tuple) or not all(isinstance(item, str) and item for item in self.skip):
-            found.append(f"skip must be a list of non-empty strings, got {self.skip!r}")
+            found.append(f"skip must be a list of non-empty strings, got {shown(self.skip)}")
         if self.modules is not None:
             found += _module_table_problems(self.modules)
         reasons = self.left_dense
         if reasons is not None and not (isinstance(reasons, Mapping) and all(_is_text(*i) for i in reasons.items())):
-            found.append("left_dense must map module names to reasons")
+            found.append("left_dense must map module names to reasons, in printable characters")
         if not isinstance(self.run, RunOptions):
             found.append(f"run must be RunOptions, got {self.run!r}")
         elif type(self.run.batch_size) is not int or self.run.batch_size < 1:
@@ -225,23 +267,30 @@ class LowBitConfig(QuantizationConfigMixin):
             raise ValueError(f"a config must be an object, got {type(config_dict).__name__}")
         data = dict(config_dict)
         method = data.get("method", cls.method or None)
+        if method is not None and not _is_text(method):
+            raise ValueError(f"unknown method {shown(method)}")
         target: type[LowBitConfig] = registry.config_class(method)
         if not issubclass(target, cls):
             raise ValueError(f"this is a config of method {method!r}, not a {cls.__name__}")
         version = data.get("format_version", FORMAT_VERSION)
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
-                f"format_version {version!r} is not supported (this release reads 1 to {FORMAT_VERSION}); "
+                f"format_version {shown(version)} is not supported (this release reads 1 to {FORMAT_VERSION}); "
                 "a newer hf-lowbit may"
             )
         if data.get("quant_method", HfLowbitMethod.HF_LOWBIT.value) != HfLowbitMethod.HF_LOWBIT.value:
-            raise ValueError(f"quant_method must be 'hf_lowbit', got {data['quant_method']!r}")
+            raise ValueError(f"quant_method must be 'hf_lowbit', got {shown(data['quant_method'])}")
         values = {key: value for key, value in data.items() if key not in _ENVELOPE}
         known = {field.name for field in dataclasses.fields(target) if field.init} - {"run"}
         unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"{target.__name__}: {'; '.join(_unknown_key(key, known) for key in unknown)}")
+        if unknown:  # finding what was meant takes time, so not for very many
+            hints = [_unknown_key(key, known) for key in unknown[:_MOST_PROBLEMS]]
+            raise ValueError(f"{target.__name__}: {_listed(hints + unknown[_MOST_PROBLEMS:])}")
         config = target._from_values(values)
+        known_methods = registry.methods()
+        for name, row in (config.modules or {}).items():
+            if row["method"] not in known_methods:
+                raise ValueError(f"{target.__name__}: modules[{shown(name)}]: unknown method {shown(row['method'])}")
         return (config, kwargs) if return_unused_kwargs else config
 
     @classmethod
@@ -251,12 +300,21 @@ class LowBitConfig(QuantizationConfigMixin):
 
 
 def _unknown_key(key: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key {key!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
+    close = difflib.get_close_matches(key[:100], known, n=1)
+    return f"unknown key {shown(key)}" + (f" (did you mean {close[0]!r}?)" if close else "")
 
 
 def _is_text(*values: Any) -> bool:
-    return all(isinstance(value, str) for value in values)
+    """Whether all are strings that may be shown as they are: no control characters, no page of text."""
+    return all(isinstance(value, str) and len(value) <= _LONGEST and value.isprintable() for value in values)
+
+
+def _is_finite(number: Any) -> bool:
+    return bool(abs(number) <= sys.float_info.max)  # also for integers that no float can hold
+
+
+def _is_module_name(name: Any) -> bool:
+    return _is_text(name) and all(name.split("."))
 
 
 _MODULE_KEYS = {"method": str, "format": str, "spec": Mapping, "error": float}
@@ -267,22 +325,30 @@ def _module_table_problems(table: Any) -> list[str]:
         return [f"modules must be an object, got {type(table).__name__}"]
     found = []
     for name, row in table.items():
-        if not isinstance(name, str) or not isinstance(row, Mapping):
-            found.append(f"modules[{name!r}] must be an object")
+        where = f"modules[{shown(name)}]"
+        if not _is_module_name(name):
+            found.append(f"{where}: not the name of a module")
+            continue
+        if not isinstance(row, Mapping):
+            found.append(f"{where} must be an object")
             continue
         if unknown := sorted(set(row) - set(_MODULE_KEYS)):
-            found.append(f"modules[{name!r}] has unknown keys {', '.join(map(repr, unknown))}")
+            found.append(f"{where} has unknown keys {', '.join(map(shown, unknown[:_MOST_PROBLEMS]))}")
         for key, kind in _MODULE_KEYS.items():
             value = row.get(key)
             if value is None and key == "error":  # a data-free run has no inputs to measure it on
                 continue
             if not isinstance(value, kind) and not (kind is float and type(value) is int):
-                found.append(f"modules[{name!r}].{key} must be of type {kind.__name__}, got {value!r}")
+                found.append(f"{where}.{key} must be of type {kind.__name__}, got {shown(value)}")
+            elif kind is float and not _is_finite(value):
+                found.append(f"{where}.{key} must be finite, got {shown(value)}")
     return found
 
 
 # Text datasets that calibration and evaluation know by name; loaded through `datasets`, which needs a network.
 DATASETS = ("c4", "wikitext2")
+# Far beyond any use; a larger product is a slip, or a file made to fill the memory.
+_MOST_TOKENS = 2**31
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -314,11 +380,13 @@ class CalibratedConfig(LowBitConfig):
         if isinstance(self.calibration, str) and not self.calibration:
             found.append("calibration must not be an empty string; use None for a run without data")
         if isinstance(self.calibration, (bool, int, float)):
-            found.append(f"calibration must be a name, a path, texts or token ids, got {self.calibration!r}")
+            found.append(f"calibration must be a name, a path, texts or token ids, got {shown(self.calibration)}")
         elif isinstance(self.calibration, Mapping):
             found.append("calibration must not be a mapping; of a tokenizer's output, pass its ['input_ids']")
         elif isinstance(self.calibration, CalibrationRecord):
             found += _record_problems(self.calibration)
+        if not found and self.samples * self.sequence_length > _MOST_TOKENS:
+            found.append(f"samples × sequence_length must be at most {_MOST_TOKENS} tokens")
         return found
 
     def _values(self) -> dict[str, Any]:
@@ -336,12 +404,14 @@ class CalibratedConfig(LowBitConfig):
             fields = {field.name for field in dataclasses.fields(CalibrationRecord)}
             if set(data) - fields or "kind" not in data:
                 raise ValueError(
-                    f"{cls.__name__}: a calibration record has {', '.join(sorted(fields))}, got {[*data]}"
+                    f"{cls.__name__}: a calibration record has {', '.join(sorted(fields))}, got {shown([*data])}"
                 )
             values = {**values, "calibration": CalibrationRecord(**data)}
         elif data is not None and data not in DATASETS:
             # A stored config names public data only; anything else would be somebody else's path.
-            raise ValueError(f"{cls.__name__}: a stored calibration is one of {', '.join(DATASETS)}, got {data!r}")
+            raise ValueError(
+                f"{cls.__name__}: a stored calibration is one of {', '.join(DATASETS)}, got {shown(data)}"
+            )
         return cls(**values)
 
 
@@ -352,13 +422,14 @@ def _record_problems(record: CalibrationRecord) -> list[str]:
     """A record comes from somebody's file: only what this package writes is kept, so nothing else is handed on."""
     found = []
     if record.kind not in KINDS:
-        found.append(f"calibration.kind must be one of {', '.join(KINDS)}, got {record.kind!r}")
+        found.append(f"calibration.kind must be one of {', '.join(KINDS)}, got {shown(record.kind)}")
     if record.name is not None and record.name not in DATASETS:
-        found.append(f"calibration.name must be one of {', '.join(DATASETS)}, got {record.name!r}")
-    if record.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", str(record.sha256)):
-        found.append(f"calibration.sha256 must be 64 hexadecimal digits, got {record.sha256!r}")
-    if record.tokens is not None and (type(record.tokens) is not int or record.tokens < 0):
-        found.append(f"calibration.tokens must be a count, got {record.tokens!r}")
+        found.append(f"calibration.name must be one of {', '.join(DATASETS)}, got {shown(record.name)}")
+    digest = record.sha256
+    if digest is not None and not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)):
+        found.append(f"calibration.sha256 must be 64 hexadecimal digits, got {shown(digest)}")
+    if record.tokens is not None and (type(record.tokens) is not int or not 0 <= record.tokens < 2**63):
+        found.append(f"calibration.tokens must be a count, got {shown(record.tokens)}")
     return found
 
 

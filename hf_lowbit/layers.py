@@ -7,15 +7,19 @@ fail with a shape error instead of running on random weights, and gives third-pa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_lowbit.formats import Format, Spec
 
 _PREFIX = "weight_"
+# Subclasses of these have a meaning of their own, which replacing them would lose; so types are compared exactly.
+DENSE_TYPES = (nn.Linear, Conv1D)
 
 
 class PackedLinear(nn.Linear):
@@ -40,23 +44,35 @@ class PackedLinear(nn.Linear):
         self.weight = nn.Parameter(torch.zeros(1, dtype=dtype, device=device), requires_grad=False)
         for name, tensor in packed.state().items():
             self.register_parameter(_PREFIX + name, nn.Parameter(tensor, requires_grad=False))
+        self._stored = {_PREFIX + name: tensor.dtype for name, tensor in packed.state().items()}
+        # ids of the parameters, the parameters (so that no id is used twice), and the format made of them
+        self._last: tuple[list[int], list[Any], Format] | None = None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, bias.requires_grad))
         self._is_hf_initialized = True  # transformers must not initialise the stub
+        _watch_adapters()
 
     @classmethod
-    def empty_like(cls, linear: nn.Linear, format_type: type[Format], spec: Spec) -> PackedLinear:
-        """Return a layer on ``meta`` that takes the place of ``linear`` before its tensors are loaded."""
-        layer = cls(format_type.empty(spec), None, linear.weight.dtype)
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(torch.empty_like(linear.bias, device="meta"), requires_grad=False)
+    def replacing(cls, dense: nn.Module, packed: Format) -> PackedLinear:
+        """Return the layer that takes the place of ``dense``, one of :data:`DENSE_TYPES`; the bias is taken over."""
+        kind: Any = PackedConv1D if type(dense) is Conv1D else cls
+        layer: PackedLinear = kind(packed, dense.bias, dense.weight.dtype)
+        return layer
+
+    @classmethod
+    def empty_like(cls, dense: nn.Module, format_type: type[Format], spec: Spec) -> PackedLinear:
+        """Return a layer on ``meta`` that takes the place of ``dense`` before its tensors are loaded."""
+        layer = cls.replacing(dense, format_type.empty(spec))
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(torch.empty_like(layer.bias, device="meta"), requires_grad=False)
         return layer
 
     def packed_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield ``(parameter name, parameter)`` of the packed tensors, without stub and bias."""
-        for name in self.format_type.tensor_names:
-            parameter = self._parameters.get(_PREFIX + name)
-            if parameter is not None:
-                yield _PREFIX + name, parameter
+        for name, dtype in self._stored.items():
+            parameter: Any = self._parameters[name]
+            if parameter.dtype != dtype:
+                _undo_cast(parameter, dtype)
+            yield name, parameter
 
     @property
     def packed(self) -> Format:
@@ -66,10 +82,16 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ W.T + bias``; input (..., in_features), result in its dtype."""
-        return self.packed.linear(input, self.bias)
+        if torch.compiler.is_compiling():
+            return self.packed.linear(input, self.bias)
+        # Gathering the tensors takes longer than a small product, so it is done again only when one was replaced.
+        held = list(self._parameters.values())
+        if self._last is None or [*map(id, held)] != self._last[0]:
+            self._last = ([*map(id, held)], held, self.packed)
+        return self._last[2].linear(input, self.bias)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """Return a dense layer with the same weights, in ``dtype`` (default: that of the stub)."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return the dense layer with the same weights, in ``dtype`` (default: that of the stub)."""
         dtype = dtype or self.weight.dtype
         weight = self.packed.unpack().to(dtype)
         dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
@@ -88,6 +110,15 @@ class PackedLinear(nn.Linear):
                 self._parameters[name] = nn.Parameter(old.to(new.device), requires_grad=False)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is made again at the next call."""
+        return {**self.__dict__, "_last": None}
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        for _ in self.packed_tensors():  # in the dtype that the format has
+            pass
+        super()._save_to_state_dict(*args, **kwargs)
+
     def extra_repr(self) -> str:
         """Return the line that ``print(model)`` shows."""
         return (
@@ -96,6 +127,94 @@ class PackedLinear(nn.Linear):
         )
 
 
+def _undo_cast(parameter: nn.Parameter, stored: torch.dtype) -> None:
+    """Give a packed tensor back the dtype it is stored in, unless the cast away from it has lost digits.
+
+    ``peft.prepare_model_for_kbit_training`` makes every half-precision parameter float32, scales too, through
+    ``.data``; a checkpoint saved after it would not be one of the format.
+    """
+    if torch.promote_types(parameter.dtype, stored) == parameter.dtype:
+        parameter.data = parameter.data.to(stored)
+
+
+class PackedConv1D(PackedLinear):
+    """A packed ``transformers.pytorch_utils.Conv1D``: a linear layer that GPT-2 stores transposed."""
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return the dense layer with the same weights, in ``dtype`` (default: that of the stub)."""
+        linear: Any = super().dequantize(dtype)
+        with torch.device("meta"):
+            dense = Conv1D(self.out_features, self.in_features)
+        dense.weight = nn.Parameter(linear.weight.T.contiguous(), requires_grad=False)
+        dense.bias = linear.bias
+        return dense
+
+
+def features(dense: Any) -> tuple[int, int]:
+    """Return ``(out_features, in_features)`` of one of :data:`DENSE_TYPES`, also if its weight is deferred."""
+    if isinstance(dense, Conv1D):
+        return dense.nf, dense.nx
+    return dense.out_features, dense.in_features
+
+
+def stored_shape(dense: Any) -> tuple[int, int]:
+    """Return the shape in which one of :data:`DENSE_TYPES` keeps its weight."""
+    rows, columns = features(dense)
+    return (columns, rows) if isinstance(dense, Conv1D) else (rows, columns)
+
+
+def dense_weight(dense: Any) -> Tensor:
+    """Return the weight of one of :data:`DENSE_TYPES` as (out_features, in_features)."""
+    weight: Tensor = dense.weight.detach()
+    return weight.T if isinstance(dense, Conv1D) else weight
+
+
 def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
     """Return the packed layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+# Adapters --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _watch_adapters() -> None:
+    """Make adapters on packed layers refuse what needs a dense weight: merging, and the weight norms of DoRA.
+
+    Left alone, peft adds its update to ``weight``, the stub: most methods then fail over shapes, after other layers
+    were merged already, while IA3 scales the stub and calls itself merged, and DoRA divides by a norm of zero. peft
+    has no hook for foreign layers here: it looks for a dense layer's ``weight`` and for quantizers that it knows by
+    name. So an adapter is met when it takes a packed layer as its ``base_layer``, by torch's own hook for that, and
+    its methods are shadowed on that one object. No class is patched, no version of peft is needed.
+    """
+    nn.modules.module.register_module_module_registration_hook(_guard_adapter)
+
+
+def _guard_adapter(holder: Any, name: str, module: nn.Module | None) -> None:
+    methods: tuple[str, ...] = ()
+    if name == "base_layer" and isinstance(module, Conv1D) and hasattr(holder, "fan_in_fan_out"):
+        holder.fan_in_fan_out = True  # dequantized under an adapter that took it for a Linear: stored transposed now
+    if name == "base_layer" and isinstance(module, PackedLinear):
+        methods = ("merge", "update_layer")
+    elif name == "model" and hasattr(holder, "merge_and_unload"):  # peft's tuner: refuses before any layer is merged
+        methods = ("merge_and_unload", "merge_adapter")
+    for method in methods:
+        if hasattr(type(holder), method):
+            setattr(holder, method, functools.partial(_call_unless_packed, holder, method))
+
+
+def _call_unless_packed(holder: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a method of an adapter, or of the tuner that holds adapters, unless it needs dense weights it has not.
+
+    Raises:
+        ValueError: it does.
+    """
+    packed = [name for name in packed_modules(holder) if name.endswith("base_layer")]
+    if packed and method != "update_layer":
+        raise ValueError(
+            f"merging into packed weights is impossible ({len(packed)} layers): an update does not fit into signs and "
+            "scales. Call model.dequantize() first, then merge; or keep the adapter beside the packed model"
+        )
+    if packed and (kwargs.get("use_dora") or getattr(kwargs.get("config"), "use_dora", False)):
+        raise ValueError("DoRA needs the norms of dense weights; use plain LoRA, or call model.dequantize() first")
+    return getattr(type(holder), method)(holder, *args, **kwargs)

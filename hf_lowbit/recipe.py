@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from hf_lowbit.config import LowBitConfig
+from hf_lowbit.config import LowBitConfig, shown
 
 Rules = tuple[tuple[str, LowBitConfig], ...]
 
@@ -70,11 +70,11 @@ class LowBitRecipe(LowBitConfig):
                 continue
             pattern, config = pair
             if not isinstance(config, LowBitConfig) or isinstance(config, LowBitRecipe):
-                found.append(f"rule {pattern!r} must hold the config of a method, got {type(config).__name__}")
+                found.append(f"rule {shown(pattern)} must hold the config of a method, got {type(config).__name__}")
             elif config.skip or config.modules is not None or config.left_dense is not None:
-                found.append(f"rule {pattern!r}: put skip on the recipe, not on a rule")
+                found.append(f"rule {shown(pattern)}: put skip on the recipe, not on a rule")
             if pattern in seen:
-                found.append(f"rule {pattern!r} is given twice")
+                found.append(f"rule {shown(pattern)} is given twice")
             seen.add(pattern)
         return found
 
@@ -90,5 +90,10 @@ class LowBitRecipe(LowBitConfig):
             isinstance(rule, Mapping) and set(rule) == {"pattern", "config"} for rule in rules
         ):
             raise ValueError('LowBitRecipe: rules must be a list of {"pattern": ..., "config": ...}')
+        for rule in rules:  # before it is read: a recipe inside a recipe could go on for ever
+            if isinstance(rule["config"], Mapping) and rule["config"].get("method") == cls.method:
+                raise ValueError(
+                    f"LowBitRecipe: rule {shown(rule['pattern'])} must hold the config of a method, got a recipe"
+                )
         pairs = tuple((rule["pattern"], LowBitConfig.from_dict(rule["config"])) for rule in rules)
         return cls(rules=pairs, **values)

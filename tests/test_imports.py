@@ -21,6 +21,7 @@ RANKS = {
     "numerics": 2,
     "config": 3,
     "layers": 3,
+    "experts": 3,
     "methods": 4,
     "calibration": 4,
     "compress": 5,

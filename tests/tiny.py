@@ -44,7 +44,56 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "OPTForCausalLM",
         {**_COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0},
     ),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**_COMMON, "n_inner": 96, "tie_word_embeddings": False}),
+    # experts that transformers fuses when it loads them; gpt-oss stores them fused, and transposed
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**_GATED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {**_GATED, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {**_GATED, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
 }
+
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+def tiny_llava() -> PreTrainedModel:
+    """Return a tiny model with a vision tower beside its text model."""
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**_VISION),
+        text_config=transformers.LlamaConfig(**_GATED),
+        image_token_index=VOCABULARY - 1,
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def tiny_t5(**changes: Any) -> PreTrainedModel:
+    """Return a tiny encoder-decoder."""
+    arguments = {"d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY}
+    config = transformers.T5Config(**{**arguments, "decoder_start_token_id": 0, **changes})
+    torch.manual_seed(0)
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 
 
 def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:

@@ -21,7 +21,7 @@ import assets
 from benchmarks.common import calibration_sequences, write_result
 from hf_lowbit import ARBConfig
 from hf_lowbit.calibration import capture
-from hf_lowbit.compress.engine import relative_errors
+from hf_lowbit.compress.outcome import relative_errors
 from hf_lowbit.methods.arb.algorithm import quantize
 
 # name in the table -> options
@@ -44,7 +44,7 @@ def measure(block: int, samples: int, length: int) -> dict[str, Any]:
     folder = assets.smollm2()
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokens = calibration_sequences(AutoTokenizer.from_pretrained(folder), samples, length)
-    name, module = list(capture.find_blocks(model).items())[block]
+    name, module = list(capture.find_stacks(model)[0].items())[block]
     linears = {f"{name}.{child}": m for child, m in module.named_modules() if isinstance(m, nn.Linear)}
     with torch.no_grad(), capture.collect_stats(linears) as stats:
         for batch in tokens.split(8):

@@ -17,35 +17,77 @@ from torch import Tensor, nn
 
 from hf_lowbit.calibration.stats import LinearStats
 from hf_lowbit.errors import UnsupportedModelError
+from hf_lowbit.layers import DENSE_TYPES
 
 Wrap = Callable[[Tensor], Any]
 
 
-def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the decoder blocks by name, in order.
+def find_stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
+    """Return the stacks of like blocks that text runs through, in the order in which it does.
+
+    One for a decoder, two for an encoder-decoder. Of a model with other towers (vision, audio) the one of its text
+    model is returned.
+
+    Returns:
+        For each stack its blocks by name, in order.
 
     Raises:
-        UnsupportedModelError: there is no list of blocks with linear layers, or more than one (an encoder and a
-            decoder, a vision tower beside a language model); the lists are named.
+        UnsupportedModelError: there is no list of blocks with linear layers, or several of which it is not clear what
+            text does with them; they are named.
     """
+    lists = _block_lists(model)
+    if not lists:
+        raise UnsupportedModelError("the model has no list of blocks with linear layers")
+    chosen = list(lists) if len(lists) == 1 else _text_lists(model, lists)
+    if not chosen:
+        raise UnsupportedModelError(
+            f"the model has {len(lists)} lists of blocks ({', '.join(lists)}), and it is not clear which of them text "
+            "runs through; a run without data (calibration=None) need not know"
+        )
+    return [{f"{name}.{i}": block for i, block in enumerate(lists[name])} for name in chosen]
+
+
+def other_towers(model: nn.Module) -> list[str]:
+    """Return the lists of blocks that text does not run through: those of a vision or audio tower."""
+    lists = _block_lists(model)
+    text = _text_lists(model, lists) if len(lists) > 1 else []
+    return [name for name in lists if name not in text] if text else []
+
+
+def text_roots(model: nn.Module) -> list[str]:
+    """Return the names of the text encoder and decoder inside a model; "" is the model itself."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = []
+    for finder in ("get_encoder", "get_decoder"):
+        find: Any = getattr(model, finder, None)
+        part = None if find is None else find()
+        if id(part) in names and not (finder == "get_encoder" and part is model):
+            found.append(names[id(part)])
+    return found
+
+
+def _text_lists(model: nn.Module, lists: dict[str, nn.ModuleList]) -> list[str]:
+    """Return which lists of blocks belong to the text encoder and the decoder; one of each, or none at all."""
+    chosen: list[str] = []
+    for root in text_roots(model):
+        inside = [name for name in lists if name.startswith(f"{root}.")] if root else []
+        if len(inside) > 1:
+            return []
+        chosen += [name for name in inside if name not in chosen]
+    return chosen
+
+
+def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         nested = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and not nested and _linears(module):
+        if isinstance(module, nn.ModuleList) and not nested and _has_weights(module):
             lists[name] = module
-    if not lists:
-        raise UnsupportedModelError("the model has no list of blocks with linear layers")
-    if len(lists) > 1:
-        raise UnsupportedModelError(
-            f"calibration needs one list of blocks, the model has {len(lists)}: {', '.join(lists)}; "
-            "a run without data (calibration=None) does not need one"
-        )
-    ((prefix, blocks),) = lists.items()
-    return {f"{prefix}.{i}": block for i, block in enumerate(blocks)}
+    return lists
 
 
-def _linears(module: nn.Module) -> bool:
-    return any(isinstance(child, nn.Linear) for child in module.modules())
+def _has_weights(module: nn.Module) -> bool:
+    return any(isinstance(child, DENSE_TYPES) for child in module.modules())
 
 
 class _StopForward(Exception):
@@ -89,6 +131,18 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
     return kwargs.pop("hidden_states"), BlockCall((), kwargs)
 
 
+def text_inputs(model: nn.Module, batch: Tensor) -> dict[str, Any]:
+    """Return the arguments of a forward pass over token ids; an encoder-decoder reads the same text on both sides."""
+    accepted = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": batch}
+    if "decoder_input_ids" in accepted:
+        shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        arguments["decoder_input_ids"] = batch if shift is None else shift(labels=batch)
+    if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        arguments["use_cache"] = False
+    return arguments
+
+
 def first_block_inputs(
     model: nn.Module, blocks: list[nn.Module], batches: list[Tensor]
 ) -> list[tuple[Tensor, BlockCall]]:
@@ -105,7 +159,7 @@ def first_block_inputs(
     with replaced_forward(blocks[:1], stop):
         for batch in batches:
             with contextlib.suppress(_StopForward):
-                model(input_ids=batch, use_cache=False)
+                model(**text_inputs(model, batch))
     if len(found) != len(batches):
         raise UnsupportedModelError("the model's forward pass does not call its first block")
     return found
@@ -137,7 +191,7 @@ def block_calls(model: nn.Module, blocks: list[nn.Module], batch: Tensor, wrap: 
         return forward
 
     with replaced_forward(blocks, record), contextlib.suppress(_StopForward):
-        model(input_ids=batch, use_cache=False, **({"logits_to_keep": 1} if lean else {}))
+        model(**text_inputs(model, batch), **({"logits_to_keep": 1} if lean else {}))
     missing = [i for i in range(len(blocks)) if i not in calls]
     if missing:
         raise UnsupportedModelError(f"the model's forward pass does not call its block {missing[0]}")
@@ -157,9 +211,20 @@ def output_wrapper(output: Any) -> Wrap:
     return lambda hidden: hidden
 
 
+def output_wrappers(block: nn.Module, hidden: list[Tensor], calls: list[BlockCall]) -> list[Wrap]:
+    """Return for every batch a function that shapes hidden states like what a block returns.
+
+    One batch tells, unless the block returns other tensors as well (T5's position bias), which depend on the batch.
+    """
+    first = next(iter(run_block(block, hidden[:1], calls[:1])))
+    if isinstance(first, tuple) and any(isinstance(part, Tensor) for part in first[1:]):
+        return [output_wrapper(output) for output in run_block(block, hidden, calls)]
+    return [output_wrapper(first)] * len(hidden)
+
+
 @contextlib.contextmanager
 def collect_stats(
-    linears: dict[str, nn.Linear], batch_sizes: Sequence[int] | None = None
+    linears: dict[str, nn.Module], batch_sizes: Sequence[int] | None = None
 ) -> Iterator[dict[str, LinearStats]]:
     """Gather the inputs of linear layers while blocks run within the ``with`` statement.
 

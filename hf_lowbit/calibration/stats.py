@@ -11,11 +11,13 @@ from hf_lowbit.errors import CalibrationError
 class LinearStats:
     """Second moment of what a linear layer receives.
 
-    Sums are kept, not means, so that statistics of several processes add up.
+    Sums are kept, not means, so that statistics of several processes add up. A batch is summed in float32, batches in
+    float64, which holds such sums almost always exactly: so the result does not depend on which process saw which
+    batch, and neither does what is decided by comparing its entries.
 
     Attributes:
         name: full name of the layer, for messages.
-        total: (in_features, in_features), float32, Σ x xᵀ over all tokens.
+        total: (in_features, in_features), float64, Σ x xᵀ over all tokens.
         tokens: number of tokens seen.
         sequences: number of sequences seen.
     """
@@ -23,7 +25,7 @@ class LinearStats:
     def __init__(self, name: str, in_features: int, device: torch.device | str = "cpu") -> None:
         """Start with nothing seen."""
         self.name = name
-        self.total = torch.zeros((in_features, in_features), dtype=torch.float32, device=device)
+        self.total = torch.zeros((in_features, in_features), dtype=torch.float64, device=device)
         self.tokens = 0
         self.sequences = 0
 
@@ -43,7 +45,7 @@ class LinearStats:
             bad = int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
             sample = self.sequences + bad * sequences // rows.shape[0]
             raise CalibrationError(f"{self.name}: inputs hold NaN or infinity in calibration sample {sample}")
-        self.total.addmm_(rows.T, rows)
+        self.total += rows.T @ rows
         self.tokens += rows.shape[0]
         self.sequences += sequences
 
@@ -57,7 +59,7 @@ class LinearStats:
         """
         if not self.sequences:
             raise CalibrationError(f"{self.name}: received no calibration input; it may be unused in the forward pass")
-        moment = self.total * (2.0 / self.sequences)
+        moment = (self.total * (2.0 / self.sequences)).float()
         if not bool(torch.isfinite(moment).all()):
             raise CalibrationError(f"{self.name}: inputs are too large, their second moment overflows float32")
         return moment

@@ -69,7 +69,7 @@ def _show_json(content: Any) -> None:
 
 
 def _show_tables(tables: list[Any]) -> None:
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names in a checkpoint are anybody's
     for table in tables:
         console.print(table)
         console.print()
@@ -139,8 +139,11 @@ def quantize(
     hf-lowbit quantize org/model model-1bit --method arb --calibration notes.txt
 
     Quicker: --samples 32 --sequence-length 512 --option iterations=3. Without data (much worse): --calibration none.
+
+    In several processes: torchrun --nproc-per-node 2 -m hf_lowbit quantize ...
     """
     from hf_lowbit.cli.options import config_of
+    from hf_lowbit.compress.team import Team, join, leave
     from hf_lowbit.config import RunOptions
     from hf_lowbit.hf.save import check_shard_size, check_target, save_model
 
@@ -154,23 +157,29 @@ def quantize(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     check_shard_size(max_shard_size)
+    join()
+    team = Team()
     target = check_target(out, overwrite)
-    if journal.exists() and not resume:
+    if journal.exists() and not resume and team.leads:  # the others may be so late that the run has begun
         raise ValueError(f"{journal}: holds an unfinished run; go on with --resume, or remove this folder")
     if Path(model).exists() and Path(model).resolve() == target:
         raise ValueError(f"{out}: is the dense model itself; choose another folder")
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    from hf_lowbit.hf.auto import auto_class, load_companion
     from hf_lowbit.report.inspect import inspect as inspect_folder
     from hf_lowbit.report.tables import inspection_json, size_text
 
     _require_model(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    packed: Any = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=dtype)
+    auto = auto_class(model)
+    companion = load_companion(model, auto)
+    packed: Any = auto.from_pretrained(model, quantization_config=config, dtype=dtype)
     report = packed.hf_quantizer.report
-    save_model(packed, out, tokenizer, report.rows, overwrite, max_shard_size)
-    shutil.rmtree(journal)
+    if team.leads:
+        save_model(packed, out, companion, report.rows, overwrite, max_shard_size)
+        shutil.rmtree(journal)
+    leave()
+    if not team.leads:
+        return
     inspection = inspect_folder(out)
     if as_json:
         content = {"seconds": report.seconds, "left_dense": report.dense}
@@ -310,9 +319,9 @@ def generate(
 
     hf-lowbit generate model-1bit --prompt "The capital of France is" --raw --max-new-tokens 20
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
+    from transformers import GenerationConfig, TextStreamer
 
-    from hf_lowbit.report.evaluate import load_tokenizer
+    from hf_lowbit.hf.auto import auto_class, load_tokenizer
 
     _require_model(path)
     tokenizer = load_tokenizer(path)
@@ -327,7 +336,7 @@ def generate(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    model: Any = auto_class(path).from_pretrained(path)
     stored = model.generation_config
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -366,6 +375,49 @@ def methods(
         _show_json(tables.options_json(method))
     else:
         _show_tables([tables.options_table(method)])
+
+
+@_command()
+def bench(
+    path: Annotated[
+        str | None, typer.Argument(metavar="[PATH]", help="Compressed model; a typical layer without.")
+    ] = None,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Only say which kernel would run, and why not another one.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="With --list: cpu, cuda, ...")] = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Measure products with packed layers beside dense ones, or list which kernel runs and why.
+
+    Example:
+
+    hf-lowbit bench model-1bit --list
+    """
+    from hf_lowbit.report.bench import kernel_table, speed_table
+
+    _show_tables([kernel_table(path, device) if only_list else speed_table(path)])
+
+
+@_command(name="env")
+def environment(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Show versions, processor, devices, and which kernel each op takes here and why: for a bug report.
+
+    It holds no path, no name of you or of this machine, no token and no environment variable.
+
+    Example:
+
+    hf-lowbit env --json
+    """
+    from hf_lowbit.report.environment import environment as look
+    from hf_lowbit.report.environment import environment_tables
+
+    found = look()
+    if as_json:
+        _show_json(found)
+    else:
+        _show_tables(environment_tables(found))
+        _show("paste this into a bug report")
 
 
 def main() -> None:

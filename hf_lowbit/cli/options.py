@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
 from hf_lowbit import registry
 from hf_lowbit.calibration.data import load_texts
 from hf_lowbit.compress.engine import check_calibration
-from hf_lowbit.config import DATASETS, CalibratedConfig, CalibrationRecord, LowBitConfig, RunOptions
+from hf_lowbit.config import DATASETS, CalibratedConfig, CalibrationRecord, LowBitConfig, RunOptions, parse_json
 from hf_lowbit.recipe import LowBitRecipe
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -112,7 +111,7 @@ def read_recipe(file: Path, skip: list[str], fields: dict[str, Any]) -> LowBitCo
         ValueError: not JSON, or not a config.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or "method" not in content:
             raise ValueError('must be an object with a "method"')
         config = LowBitConfig.from_dict(content)

@@ -2,18 +2,18 @@
 
 For one block: load its weights, run it to gather statistics of each linear layer's inputs, replace the layers by
 packed ones, run it again to make the next block's inputs. Memory holds the packed part, one dense block and its
-activations.
+activations. A run without data takes the layers in the order in which they come.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
@@ -25,121 +25,180 @@ from hf_lowbit.calibration import capture
 from hf_lowbit.calibration.data import calibration_tokens
 from hf_lowbit.calibration.stats import LinearStats
 from hf_lowbit.compress.journal import Journal, run_identity
+from hf_lowbit.compress.outcome import RunReport, finished_config, relative_errors
 from hf_lowbit.compress.source import CheckpointSource
-from hf_lowbit.compress.targets import Targets, plan_run
+from hf_lowbit.compress.targets import plan_run
+from hf_lowbit.compress.team import Team
 from hf_lowbit.config import CalibratedConfig, CalibrationRecord, LowBitConfig
+from hf_lowbit.errors import CheckpointError
+from hf_lowbit.experts import fused_name, fused_parameters, take_apart
 from hf_lowbit.formats import Format
-from hf_lowbit.layers import PackedLinear
-from hf_lowbit.recipe import LowBitRecipe, rules_of
+from hf_lowbit.layers import PackedLinear, dense_weight, features, stored_shape
+from hf_lowbit.recipe import rules_of
 
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
-class RunReport:
-    """What a run did.
+class Run:
+    """One compression of one model in place: everything is checked when it is made, the work is done afterwards.
+
+    The model may be on ``meta`` at first; see :class:`~hf_lowbit.compress.intake.Intake` for how weights arrive.
 
     Attributes:
-        rows: one per layer, as written to ``RunOptions.report``.
-        dense: reason for every linear-like module left dense.
-        seconds: duration of the run.
+        targets: what is compressed, and by which method.
+        calibrated: whether the run needs data.
+        report: of the run, when it is finished.
     """
 
-    rows: list[dict[str, Any]]
-    dense: dict[str, str]
-    seconds: float
-
-    def summary(self) -> str:
-        """Return one line: what was packed, what was left dense and why, bits per weight."""
-        weights = sum(row["weights"] for row in self.rows)
-        stored = sum(row["bytes"] for row in self.rows)
-        reasons: dict[str, int] = {}
-        for reason in self.dense.values():
-            reasons[reason] = reasons.get(reason, 0) + 1
-        left = ", ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "none"
-        return (
-            f"packed {len(self.rows)} layers at {8 * stored / weights:.3f} bits per weight in {self.seconds:.0f} s; "
-            f"left dense: {left}"
-        )
-
-
-class Run:
-    """One compression of one model in place. Use :func:`compress_model`."""
-
     def __init__(
-        self, model: nn.Module, config: LowBitConfig, targets: Targets, source: CheckpointSource | None
+        self, model: nn.Module, config: LowBitConfig, source: CheckpointSource | None = None, tokenizer: Any = None
     ) -> None:
-        self.model, self.config, self.targets, self.source = model, config, targets, source
-        self.options = config.run
-        self.rows: list[dict[str, Any]] = []
-        self.table: dict[str, dict[str, Any]] = {}
-        self.journal: Journal | None = None
-        self.bar: Any = None
+        """Check and prepare.
 
-    def deferred(self, name: str) -> bool:
-        """Return whether a layer's dense weight is still in the checkpoint (the model holds a stub)."""
-        return self.source is not None and self.linear(name).weight.dim() == 1
-
-    def linear(self, name: str) -> nn.Linear:
-        """Return a target layer."""
-        return cast(nn.Linear, self.model.get_submodule(name))
-
-    def stored_weight(self, name: str) -> Tensor:
-        """Read the dense weight of a deferred layer."""
-        if self.source is None:
-            raise ValueError(f"{name}: there is no checkpoint to read it from")
-        return self.source.read(f"{name}.weight", self.linear(name).weight.dtype)
-
-    def materialize(self, names: list[str]) -> None:
-        """Read the dense weights of deferred layers."""
-        for name in filter(self.deferred, names):
-            linear = self.linear(name)
-            linear.weight = nn.Parameter(self.stored_weight(name).to(linear.weight.device), requires_grad=False)
-
-    def check_weights(self) -> None:
-        """Refuse a model with non-finite or misshapen weights before the long work starts.
+        Args:
+            model: a model with finite weights, in memory or on ``meta``.
+            config: a method's config or a recipe.
+            source: the dense checkpoint, if weights are read from it.
+            tokenizer: for calibration text, unless ``config.run`` has one.
 
         Raises:
-            ValueError: names every module concerned.
+            ValueError, CalibrationError, UnsupportedModelError: before the long work, naming what is wrong.
+        """
+        self.model, self.config, self.source, self.options = model, config, source, config.run
+        self.began = time.perf_counter()
+        self.team = Team()
+        calibrated = check_calibration(config)
+        self.calibrated = calibrated is not None
+        self.stacks, self.targets = plan_run(model, config, self.calibrated)
+        if self.targets.unwanted:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in self.targets.unwanted.items())
+            logger.warning("%d layers stay dense although nothing skips them (%s)", len(self.targets.unwanted), listed)
+        take_apart_experts(model, self.targets.methods)
+        self._check_weights()
+        self.record: CalibrationRecord | None = None
+        self.batches: list[Tensor] = []
+        if calibrated is not None:
+            self._draw(calibrated, tokenizer)
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.table: dict[str, dict[str, Any]] = {}
+        self.journal = self._open_journal()
+        if self.options.report is not None and self.team.leads:
+            Path(self.options.report).write_text("", encoding="utf-8")
+        self.bar: Any = None
+        self.report: RunReport | None = None
+
+    def _check_weights(self) -> None:
+        """Refuse a model with non-finite or misshapen weights before the long work starts; all of them are named.
+
+        Weights that arrive later, because transformers makes them from several tensors, are checked then.
         """
         problems = []
         for name in self.targets.methods:
-            linear = self.linear(name)
-            weight = self.stored_weight(name) if self.deferred(name) else linear.weight
-            if tuple(weight.shape) != (linear.out_features, linear.in_features):
-                problems.append(f"{name}: weight has shape {tuple(weight.shape)}")
-            elif not bool(torch.isfinite(weight).all()):
-                problems.append(f"{name}: weight holds NaN or infinity")
+            weight = self._known_weight(name)
+            if weight is not None:
+                problems += weight_problems(name, weight, stored_shape(self.model.get_submodule(name)))
         if problems:
             raise ValueError("; ".join(problems))
 
-    def compress_layers(self, names: list[str], stats: dict[str, LinearStats | None]) -> None:
+    def _known_weight(self, name: str) -> Tensor | None:
+        """Return the weight of a target as it is stored, from memory or the checkpoint; None if it is in neither."""
+        if fused_name(name) and not has_module(self.model, name):
+            return None
+        weight: Any = self.model.get_submodule(name).weight
+        if weight.device.type != "meta":
+            return weight.detach()
+        if self.source is None or self.source.locate(f"{name}.weight") is None:
+            return None
+        return self.source.read(f"{name}.weight", weight.dtype)
+
+    def _draw(self, calibrated: CalibratedConfig, tokenizer: Any) -> None:
+        """Draw the calibration tokens, and take the share of this process."""
+        embeddings = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        tokens, self.record = calibration_tokens(calibrated, self.options.tokenizer or tokenizer, embeddings)
+        batches = tokens.split(self.options.batch_size)
+        if len(batches) < self.team.size:
+            raise ValueError(
+                f"{len(batches)} calibration batches cannot be shared by {self.team.size} processes; "
+                "lower run.batch_size"
+            )
+        self.batches = self.team.share(batches)
+
+    def _open_journal(self) -> Journal | None:
+        """Open the journal; the leading process is first, since it may have to make or mend it."""
+        if self.options.journal is None:
+            return None
+        if self.source is None or not self.source.files:
+            raise ValueError("a journal needs a dense checkpoint in safetensors files, to know it again")
+        tokens_hash = None if self.record is None else self.record.sha256
+        identity = run_identity(self.config.to_dict(), tokens_hash, self.source.files)
+        folder = Path(self.options.journal)
+        if self.team.leads:
+            journal = Journal(folder, identity, self.options.resume)
+        self.team.wait()
+        if not self.team.leads:
+            journal = Journal(folder, identity, resume=True)
+        return journal
+
+    # Layers ------------------------------------------------------------------------------------------------------
+
+    @property
+    def at_once(self) -> int:
+        """How many layers are worked on at a time, by all processes together."""
+        return self.team.smallest(torch.get_num_threads()) * self.team.size
+
+    def materialize(self, names: list[str]) -> None:
+        """Read the dense weights of deferred layers, which hold a stub of one element."""
+        for name in names:
+            dense: Any = self.model.get_submodule(name)
+            if dense.weight.dim() == 1:
+                if self.source is None:
+                    raise ValueError(f"{name}: there is no checkpoint to read it from")
+                weight = self.source.read(f"{name}.weight", dense.weight.dtype).to(dense.weight.device)
+                dense.weight = nn.Parameter(weight, requires_grad=False)
+
+    def compress_layers(self, names: list[str], stats: Mapping[str, LinearStats | None]) -> None:
         """Replace layers by their packed form and record them, in order.
 
         Each layer is computed on one thread and several layers at a time: the many small operations of a fit do not
         profit from more threads, and the result does not depend on how many there are.
         """
+        if not names:
+            return
         threads = torch.get_num_threads()
-        on_cpu = self.linear(names[0]).weight.device.type == "cpu" if names else True
+        weight: Any = self.model.get_submodule(names[0]).weight
+        own: dict[str, tuple[Format, dict[str, Any]]] = {}
+        failure: Exception | None = None
         torch.set_num_threads(1)
         try:
-            with ThreadPoolExecutor(max_workers=threads if on_cpu else 1) as pool:
-                futures = [pool.submit(self._pack, name, stats[name]) for name in names]
-                for name, future in zip(names, futures, strict=True):
-                    packed, row = future.result()
-                    self._place(name, packed, row)
+            with ThreadPoolExecutor(max_workers=threads if weight.device.type == "cpu" else 1) as pool:
+                futures = {name: pool.submit(self._pack, name, stats.get(name)) for name in self.team.share(names)}
+                own = {name: future.result() for name, future in futures.items()}
+        except Exception as error:  # the other processes must hear of it before it is raised
+            failure = error
         finally:
             torch.set_num_threads(threads)
-        if self.journal is not None:
-            layers = {name: cast(PackedLinear, self.model.get_submodule(name)).packed for name in names}
-            self.journal.append(layers, self.rows[-len(names) :], {name: self.table[name] for name in names})
+        packed = self.team.exchange(names, own, failure)
+        for name, (layer, row) in packed.items():
+            self._place(name, layer, row)
+        if self.journal is not None and self.team.leads:
+            rows = [self.rows[name] for name in names]
+            self.journal.append({name: layer for name, (layer, _) in packed.items()}, rows, self._table_of(names))
+
+    def _table_of(self, names: list[str]) -> dict[str, dict[str, Any]]:
+        return {name: self.table[name] for name in names}
 
     def restored(self, names: list[str]) -> bool:
         """Take layers from the journal if they are finished; the dense weights are not read then."""
         if self.journal is None or not all(name in self.journal for name in names):
             return False
         for name in names:
-            self._place(name, self.journal.packed(name), self.journal.rows[name])
+            packed = self.journal.packed(name)
+            shape = (packed.spec.out_features, packed.spec.in_features)
+            if shape != features(self.model.get_submodule(name)):
+                raise CheckpointError(
+                    f"{self.journal.folder.name}: {name} is recorded as {shape[0]} x {shape[1]}, which is not its size"
+                )
+            self._place(name, packed, self.journal.rows[name])
         return True
 
     def _pack(self, name: str, stats: LinearStats | None) -> tuple[Format, dict[str, Any]]:
@@ -147,7 +206,7 @@ class Run:
         began = time.perf_counter()
         options = self.targets.methods[name]
         with torch.no_grad():
-            unit = registry.LinearUnit(name=name, weight=self.linear(name).weight.detach())
+            unit = registry.LinearUnit(name=name, weight=dense_weight(self.model.get_submodule(name)))
             packed = registry.get(options.method).compress(unit, stats, options)
             packed.validate(name)
             errors = relative_errors(unit.weight, packed.unpack(), stats)
@@ -161,13 +220,17 @@ class Run:
             "weights": packed.spec.out_features * packed.spec.in_features,
             "calibration_tokens": None if stats is None else stats.tokens,
             "seconds": round(time.perf_counter() - began, 3),
+            "resident_bytes": psutil.Process().memory_info().rss,
             "trace": unit.trace,
         }
 
     def _place(self, name: str, packed: Format, row: dict[str, Any]) -> None:
         """Put a packed layer into the model, freeing the dense one, and write its row."""
-        linear = self.linear(name)
-        self.model.set_submodule(name, PackedLinear(packed, linear.bias, linear.weight.dtype))
+        dense: Any = self.model.get_submodule(name)
+        device = dense.weight.device
+        if device.type != "meta":
+            packed = packed.to(device)
+        self.model.set_submodule(name, PackedLinear.replacing(dense, packed))
         error = row["output_error"]
         self.table[name] = {
             "method": row["method"],
@@ -175,44 +238,79 @@ class Run:
             "spec": packed.spec.to_json(),
             "error": None if error is None else round(error, 6),
         }
-        row.setdefault("resident_bytes", psutil.Process().memory_info().rss)
-        self.rows.append(row)
-        if self.options.report is not None:
+        self.rows[name] = row
+        if self.options.report is not None and self.team.leads:
             with open(self.options.report, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         shown = row["weight_error"] if error is None else error
-        self.bar.set_postfix_str(
-            f"{_short(name)} error {shown:.4f}, {row['seconds']:.1f} s, {row['resident_bytes'] / 2**30:.2f} GiB", False
+        memory = psutil.Process().memory_info().rss / 2**30
+        bar = self.progress()
+        bar.set_postfix_str(f"{_short(name)} error {shown:.4f}, {row['seconds']:.1f} s, {memory:.2f} GiB", False)
+        bar.update()
+
+    def progress(self) -> Any:
+        """Return the progress bar, which starts with the first layer."""
+        if self.bar is None:
+            shown = self.options.progress and self.team.leads
+            total = len(self.targets.methods)
+            self.bar = tqdm(total=total, desc="compressing", unit="layer", disable=not shown)
+        return self.bar
+
+    # The work ----------------------------------------------------------------------------------------------------
+
+    def complete(self) -> LowBitConfig:
+        """Compress all that is not compressed yet.
+
+        Returns:
+            The config to save, with module table and calibration record filled in.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for stack in self.stacks:
+                    self.block_by_block(stack)
+                self.without_data([name for name in self.targets.methods if name not in self.rows])
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+        self.model.train(was_training)
+        rows = [self.rows[name] for name in self.targets.methods]
+        self.report = RunReport(rows, self.targets.dense, time.perf_counter() - self.began)
+        logger.info(self.report.summary())
+        return finished_config(
+            self.config, self._table_of(list(self.targets.methods)), self.targets.dense, self.record
         )
-        self.bar.update()
 
-    def without_data(self) -> None:
-        """Compress every target from its weights alone."""
-        names = [name for name in self.targets.methods if not self.restored([name])]
-        step = torch.get_num_threads()  # as many dense layers in memory as are worked on
-        for start in range(0, len(names), step):
-            self.materialize(names[start : start + step])
-            self.compress_layers(names[start : start + step], dict.fromkeys(names))
+    def without_data(self, names: list[str]) -> None:
+        """Compress layers from their weights alone, as many at a time as are worked on at once."""
+        left = [name for name in names if not self.restored([name])]
+        step = self.at_once if left else 1
+        for start in range(0, len(left), step):
+            self.materialize(left[start : start + step])
+            self.compress_layers(left[start : start + step], {})
 
-    def block_by_block(self, blocks: dict[str, nn.Module], tokens: Tensor) -> None:
+    def block_by_block(self, stack: dict[str, nn.Module]) -> None:
         """Compress the targets of each block, in order, on the outputs of the compressed blocks before it."""
         device = next(iter(self.model.parameters())).device
-        batches = [batch.to(device) for batch in tokens.split(self.options.batch_size)]
-        modules = list(blocks.values())
+        batches = [batch.to(device) for batch in self.batches]
+        modules = list(stack.values())
         inputs = capture.first_block_inputs(self.model, modules, batches)
         hidden = [states for states, _ in inputs]
         first_calls = [call for _, call in inputs]
         calls: list[list[capture.BlockCall]] | None = None
-        for i, (prefix, block) in enumerate(blocks.items()):
+        for i, (prefix, block) in enumerate(stack.items()):
             names = [name for name in self.targets.methods if name.startswith(f"{prefix}.")]
             done = self.restored(names)
             if not done:
                 self.materialize(names)
-            if calls is None:  # the first block's output tells what blocks return, which the recording pass must mimic
-                probe = next(iter(capture.run_block(block, hidden[:1], first_calls[:1])))
-                wrap = capture.output_wrapper(probe)
+            if calls is None:  # the first block's outputs tell what blocks return, which the recording pass must mimic
+                wraps = capture.output_wrappers(block, hidden, first_calls)
                 with torch.no_grad():
-                    calls = [capture.block_calls(self.model, modules, batch, wrap) for batch in batches]
+                    calls = [
+                        capture.block_calls(self.model, modules, batch, wrap)
+                        for batch, wrap in zip(batches, wraps, strict=True)
+                    ]
             own = [call[i] for call in calls]
             if not done:
                 self._compress_block(block, names, hidden, own)
@@ -221,46 +319,63 @@ class Run:
     def _compress_block(
         self, block: nn.Module, names: list[str], hidden: list[Tensor], calls: list[capture.BlockCall]
     ) -> None:
-        linears = {name: self.linear(name) for name in names}
-        needy = {name: m for name, m in linears.items() if self.targets.methods[name].needs != "none"}
-        with capture.collect_stats(needy, [len(states) for states in hidden]) as stats:
+        needy = [name for name in names if self.targets.methods[name].needs != "none"]
+        layers = {name: self.model.get_submodule(name) for name in needy}
+        experts = {name: layer for name, layer in layers.items() if fused_name(name)}
+        others = {name: layer for name, layer in layers.items() if name not in experts}
+        sizes = [len(states) for states in hidden]
+        with capture.collect_stats(others, sizes) as stats, capture.collect_stats(experts) as of_experts:
             if needy:
                 for _ in capture.run_block(block, hidden, calls):
                     pass
         # a layer that no token reached gets empty statistics, which raise, naming it, when a method asks for them
-        found = {name: stats.get(name) or LinearStats(name, linears[name].in_features) for name in needy}
-        self.compress_layers(names, {name: found.get(name) for name in names})
+        found: dict[str, LinearStats] = {
+            name: stats.get(name) or of_experts.get(name) or LinearStats(name, features(layer)[1])
+            for name, layer in layers.items()
+        }
+        self.team.add_up(found.values())
+        idle = [name for name in experts if not found[name].tokens]
+        if idle:
+            logger.warning(
+                "%d experts received no calibration token and are compressed from their weights alone (%s)",
+                len(idle),
+                ", ".join(idle[:10]) + (", ..." if len(idle) > 10 else ""),
+            )
+        self.compress_layers(names, {name: one for name, one in found.items() if name not in idle})
+
+
+def take_apart_experts(model: nn.Module, names: Mapping[str, Any]) -> None:
+    """Take those experts apart that are among the names and whose weights are in memory."""
+    for parameter in dict.fromkeys(filter(None, map(fused_name, names))):
+        module_name, _, leaf = parameter.rpartition(".")
+        module = model.get_submodule(module_name)
+        fused = fused_parameters(module).get(leaf)
+        if fused is not None and fused.device.type != "meta":
+            take_apart(module, leaf, set(names), module_name)
+
+
+def has_module(model: nn.Module, name: str) -> bool:
+    """Return whether a model has a module of this name."""
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def weight_problems(name: str, weight: Tensor, shape: tuple[int, ...]) -> list[str]:
+    """Return what is wrong with a dense weight, empty if nothing is."""
+    if tuple(weight.shape) != shape:
+        return [f"{name}: weight has shape {tuple(weight.shape)}, the model's layer {shape}"]
+    return [] if bool(torch.isfinite(weight).all()) else [f"{name}: weight holds NaN or infinity"]
 
 
 def _short(name: str) -> str:
-    """Return block number and last part of a module name, enough to follow a run."""
+    """Return block number and last parts of a module name, enough to follow a run."""
     parts = name.split(".")
-    number = next((part for part in parts if part.isdigit()), "")
-    return f"{number}.{parts[-1]}" if number else parts[-1]
-
-
-def relative_errors(weight: Tensor, approximation: Tensor, stats: LinearStats | None) -> dict[str, float | None]:
-    """Squared relative errors of a layer.
-
-    Args:
-        weight: (n, m), the original.
-        approximation: (n, m).
-        stats: of the layer's inputs, or None.
-
-    Returns:
-        ``weight_error`` ‖W-Q‖²/‖W‖² and ``output_error`` Tr(R S Rᵀ)/Tr(W S Wᵀ) with R = W - Q; the latter None without
-        statistics. After compensation the former may rise; the latter is the one to watch. 0 for a zero denominator.
-    """
-    weight = weight.float()
-    residual = weight - approximation
-
-    def ratio(moment: Tensor | None) -> float:
-        parts = [
-            float(((m if moment is None else m @ moment) * m).sum(dtype=torch.float64)) for m in (residual, weight)
-        ]
-        return parts[0] / parts[1] if parts[1] else 0.0
-
-    return {"weight_error": ratio(None), "output_error": None if stats is None else ratio(stats.second_moment())}
+    numbers = [part for part in parts[:-1] if part.isdigit()]
+    last = ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+    return f"{numbers[0]}.{last}" if numbers else last
 
 
 def check_calibration(config: LowBitConfig) -> CalibratedConfig | None:
@@ -280,69 +395,17 @@ def check_calibration(config: LowBitConfig) -> CalibratedConfig | None:
     return first
 
 
-def compress_model(
-    model: nn.Module, config: LowBitConfig, source: CheckpointSource | None = None, tokenizer: Any = None
-) -> tuple[LowBitConfig, RunReport]:
-    """Compress a model in place. A run that fails half-way leaves the model half compressed: load it again.
-
-    Args:
-        model: a decoder with finite weights; layers whose weight is a stub of one element are read from ``source``.
-        config: a method's config or a recipe.
-        source: checkpoint that still holds deferred weights.
-        tokenizer: for calibration text, unless ``config.run`` has one.
+def compress_model(model: nn.Module, config: LowBitConfig, tokenizer: Any = None) -> tuple[LowBitConfig, RunReport]:
+    """Compress a model that is in memory, in place. A run that fails half-way leaves it half compressed.
 
     Returns:
-        The config to save (module table and calibration record filled in) and the report of the run.
+        The config to save and the report of the run.
 
     Raises:
         ValueError, CalibrationError, UnsupportedModelError: before the long work, naming what is wrong.
     """
-    began = time.perf_counter()
-    calibrated = check_calibration(config)
-    blocks, targets = plan_run(model, config, calibrated is not None)
-    run = Run(model, config, targets, source)
-    if targets.unwanted:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in targets.unwanted.items())
-        logger.warning("%d layers stay dense although nothing skips them (%s)", len(targets.unwanted), listed)
-    run.check_weights()
-    record: CalibrationRecord | None = None
-    was_training = model.training
-    model.eval()
-    if calibrated is not None:
-        embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        tokens, record = calibration_tokens(calibrated, config.run.tokenizer or tokenizer, embeddings)
-    if config.run.journal is not None:
-        if source is None:
-            raise ValueError("a journal needs a dense checkpoint in safetensors files, to know it again")
-        identity = run_identity(config.to_dict(), None if record is None else record.sha256, source.files)
-        run.journal = Journal(Path(config.run.journal), identity, config.run.resume)
-    if config.run.report is not None:
-        Path(config.run.report).write_text("", encoding="utf-8")
-    run.bar = tqdm(total=len(targets.methods), desc="compressing", unit="layer", disable=not config.run.progress)
-    try:
-        with torch.no_grad():
-            if blocks is None:
-                run.without_data()
-            else:
-                run.block_by_block(blocks, tokens)
-    finally:
-        run.bar.close()
-    model.train(was_training)
-    report = RunReport(run.rows, targets.dense, time.perf_counter() - began)
-    logger.info(report.summary())
-    return _finished(config, run.table, targets.dense, record), report
-
-
-def _finished(
-    config: LowBitConfig, table: dict[str, Any], dense: dict[str, str], record: CalibrationRecord | None
-) -> LowBitConfig:
-    """Return the config as it is saved: with the tables of the run, and with a record instead of the data."""
-
-    def recorded(rule: Any) -> Any:
-        known = isinstance(rule, CalibratedConfig) and rule.needs != "none"
-        return dataclasses.replace(rule, calibration=record) if known else rule
-
-    if isinstance(config, LowBitRecipe):
-        rules = tuple((pattern, recorded(rule)) for pattern, rule in config.rules)
-        return dataclasses.replace(config, rules=rules, modules=table, left_dense=dense)
-    return dataclasses.replace(recorded(config), modules=table, left_dense=dense)
+    run = Run(model, config, tokenizer=tokenizer)
+    finished = run.complete()
+    if run.report is None:
+        raise AssertionError("a completed run has a report")
+    return finished, run.report

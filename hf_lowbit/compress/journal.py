@@ -5,25 +5,36 @@ a run without data) and ``journal.jsonl``: a first line with hashes of everythin
 per file. A file is renamed into place before its line is written and a torn last line is ignored, so that whatever
 moment a run is killed at, the journal names complete files only. Going on gives the same packed bytes as a run that
 was never interrupted.
+
+What is read back is checked like any file of a stranger. The hashes lie in the same folder, so they find damage; they
+do not make the journal of somebody else trustworthy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save_file
-from torch import Tensor
 
+from hf_lowbit import registry
 from hf_lowbit.compress.headers import packed_layer_spec
+from hf_lowbit.compress.parcel import layer_of, tensors_of
+from hf_lowbit.config import parse_json
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.formats import Format
 
 LINES = "journal.jsonl"
+# Numbers in a row of the report that the run goes on to use; the optional ones may be None or absent.
+_NUMBERS = ("weight_error", "bits_per_weight", "bytes", "weights", "seconds")
+_OPTIONAL_NUMBERS = ("output_error", "resident_bytes")
 
 
 def file_hash(path: Path) -> str:
@@ -77,6 +88,7 @@ class Journal:
         self._file_of: dict[str, Path] = {}
         self._entries = 0
         lines = folder / LINES
+        _refuse_links(folder)
         if lines.exists():
             if not resume:
                 raise ValueError(f"{folder.name}: an unfinished run is recorded here; resume it or remove the folder")
@@ -89,28 +101,27 @@ class Journal:
         text = lines.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]  # what follows the last line break was cut off by a kill
         try:
-            first, *entries = [json.loads(line) for line in whole.splitlines()]
+            first, *entries = [parse_json(line) for line in whole.splitlines()]
             differing = [part for part in identity if first.get(part) != identity[part]]
             if not differing:
                 for entry in entries:
                     self._add(entry)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.folder.name}/{LINES}: damaged: {error}") from error
+            raise CheckpointError(f"{self.folder.name}/{LINES}: damaged: {str(error)[:500]}") from error
         if differing:
             raise ValueError(f"{self.folder.name}: belongs to a run with another {' and another '.join(differing)}")
         if len(whole) < len(text):
             self._replace(whole.decode())
 
     def _add(self, entry: dict[str, Any]) -> None:
-        path = self.folder / Path(entry["file"]).name
-        if not path.exists() or file_hash(path) != entry["sha256"]:
+        path = self.folder / f"{self._entries:05d}.safetensors"
+        if entry["file"] != path.name or not path.is_file() or file_hash(path) != entry["sha256"]:
             raise CheckpointError(
                 f"{self.folder.name}/{path.name}: missing or damaged; remove the folder and start again"
             )
         for row in entry["rows"]:
-            self.rows[row["module"]] = row
-            self._file_of[row["module"]] = path
-        self._modules.update(entry["modules"])
+            name = _checked(row, entry["modules"])
+            self.rows[name], self._modules[name], self._file_of[name] = row, entry["modules"][name], path
         self._entries += 1
 
     def __contains__(self, name: str) -> bool:
@@ -124,14 +135,9 @@ class Journal:
             CheckpointError: its tensors do not fit its spec.
         """
         try:
-            format_type, spec = packed_layer_spec(name, self._modules[name])
-            tensors = load(self._file_of[name].read_bytes())
-            prefix = f"{name}.weight_"
-            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            packed = format_type.from_state(state, spec)
-            packed.validate(name)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.folder.name}: {error}") from error
+            packed = layer_of(name, self._modules[name], load(self._file_of[name].read_bytes()))
+        except (ValueError, TypeError, OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder.name}/{self._file_of[name].name}: {error}") from error
         return packed
 
     def append(
@@ -146,12 +152,7 @@ class Journal:
         """
         path = self.folder / f"{self._entries:05d}.safetensors"
         partial = path.with_suffix(".partial")
-        tensors: dict[str, Tensor] = {
-            f"{name}.weight_{part}": tensor.detach().cpu().contiguous()
-            for name, packed in layers.items()
-            for part, tensor in packed.state().items()
-        }
-        save_file(tensors, partial)
+        save_file(tensors_of(layers), partial)
         os.replace(partial, path)
         entry = {"file": path.name, "sha256": file_hash(path), "rows": rows, "modules": modules}
         _write(self.folder / LINES, json.dumps(entry) + "\n", "a")
@@ -162,6 +163,38 @@ class Journal:
         partial = self.folder / f"{LINES}.partial"
         _write(partial, text, "w")
         os.replace(partial, self.folder / LINES)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse what a journal never makes: through a link, a run would write elsewhere; for a pipe it would wait."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise CheckpointError(
+                f"{folder.name}/{reprlib.repr(path.name)}: is no plain file; remove the folder and start again"
+            )
+
+
+def _checked(row: Mapping[str, Any], modules: Mapping[str, Any]) -> str:
+    """Return the name of a finished layer.
+
+    Raises:
+        ValueError, KeyError, TypeError: its row of the report, or of the module table, is not as a run writes it.
+    """
+    name = row["module"]
+    entry = modules.get(name) if isinstance(name, str) else None
+    if not isinstance(entry, Mapping) or not isinstance(entry["spec"], Mapping):
+        raise ValueError(f"{reprlib.repr(name)} is in the report, but not in the module table")
+    packed_layer_spec(name, entry)
+    registry.get(entry["method"])
+    if (row["method"], row["format"]) != (entry["method"], entry["format"]):
+        raise ValueError(f"{name}: the report and the module table name different methods or formats")
+    numbers = {key: row[key] for key in _NUMBERS} | {key: row.get(key) for key in _OPTIONAL_NUMBERS}
+    for key, value in numbers.items():
+        if value is None and key in _OPTIONAL_NUMBERS:
+            continue
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{name}: {key} must be a finite number, got {reprlib.repr(value)}")
+    return name
 
 
 def _write(path: Path, text: str, mode: str) -> None:

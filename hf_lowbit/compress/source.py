@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,27 +31,42 @@ class CheckpointSource:
         Raises:
             CheckpointError: a file cannot be read as safetensors, or a tensor lies in two of them.
         """
-        self.files = [Path(file) for file in files]
-        self._file_of: dict[str, Path] = {}
+        self.files: list[Path] = []
+        self._place_of: dict[str, tuple[Path, str]] = {}
+        self._alias: dict[str, _Place] = {}
         self._prefix = base_prefix
-        for file in self.files:
-            for key in read_headers(file):
-                if key in self._file_of:
-                    raise CheckpointError(f"{key}: is in {self._file_of[key].name} and in {file.name}")
-                self._file_of[key] = file
+        for file in files:
+            self.add(Path(file))
+
+    def add(self, file: Path) -> None:
+        """Read the headers of one more file.
+
+        Raises:
+            CheckpointError: it cannot be read as safetensors, or holds a tensor that another file holds, too.
+        """
+        for name, header in read_headers(file).items():
+            if name in self._place_of:
+                raise CheckpointError(f"{name}: is in {self._place_of[name][0].name} and in {file.name}")
+            self._place_of[name] = file, header.key
+        self.files.append(file)
+
+    def alias(self, name: str, key: str, index: int | None = None, transposed: bool = False) -> None:
+        """Say where a parameter of the model is stored, if not under its own name.
+
+        Args:
+            name: of the parameter.
+            key: of the tensor in the checkpoint.
+            index: which part of a fused tensor it is.
+            transposed: whether it is stored the other way round.
+        """
+        self._alias[name] = _Place(key, index, transposed)
 
     def locate(self, name: str) -> str | None:
         """Return the checkpoint's key for a parameter of the model, None if there is none."""
-        candidates = [name]
+        candidates = [self._alias[name].key if name in self._alias else name]
         if self._prefix:
             candidates += [f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")]
-        return next((key for key in candidates if key in self._file_of), None)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the stored shape of a parameter of the model; only the header is read."""
-        key = self._key(name)
-        with safe_open(self._file_of[key], framework="pt") as handle:
-            return tuple(handle.get_slice(key).get_shape())
+        return next((key for key in candidates if key in self._place_of), None)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a parameter of the model, on the CPU, as a copy that does not keep the file mapped.
@@ -58,16 +74,26 @@ class CheckpointSource:
         Raises:
             CheckpointError: not in the checkpoint, or the file has changed since its header was read.
         """
-        key = self._key(name)
-        file = self._file_of[key]
+        known = self.locate(name)
+        if known is None:
+            raise CheckpointError(f"{name}: not in the checkpoint")
+        file, key = self._place_of[known]
+        place = self._alias.get(name, _Place(known))
         try:
             with safe_open(file, framework="pt") as handle:
-                return handle.get_tensor(key).to(dtype, copy=True)
+                if place.index is None:
+                    tensor = handle.get_tensor(key)
+                else:
+                    tensor = handle.get_slice(key)[place.index]
+                return (tensor.T if place.transposed else tensor).to(dtype, copy=True).contiguous()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{key}: cannot be read from {file.name} any more: {error}") from error
 
-    def _key(self, name: str) -> str:
-        key = self.locate(name)
-        if key is None:
-            raise CheckpointError(f"{name}: not in the checkpoint")
-        return key
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a parameter lies: key of the tensor, part of a fused one, whether the other way round."""
+
+    key: str
+    index: int | None = None
+    transposed: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -10,9 +11,14 @@ from torch import nn
 from hf_lowbit.calibration import capture
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import UnsupportedModelError
+from hf_lowbit.experts import expert_names, fused_parameters, is_supported
+from hf_lowbit.layers import DENSE_TYPES
 from hf_lowbit.recipe import matches, rules_of
 
 OUTPUT_HEAD, TIED, FP32 = "output head", "tied weight", "kept in float32 by the model"
+NOT_TEXT, ROUTER = "not part of the text model", "router of experts"
+
+Stacks = list[dict[str, nn.Module]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Targets:
 
     Attributes:
         methods: config of the method for each module that is compressed, in model order.
-        dense: reason for each linear-like module that is not.
+        dense: reason for each linear-like layer that is not.
         unwanted: those of ``dense`` that nobody asked to leave dense; the user is warned of them.
     """
 
@@ -30,18 +36,18 @@ class Targets:
     unwanted: dict[str, str]
 
 
-def plan_run(model: nn.Module, config: LowBitConfig, calibrated: bool) -> tuple[dict[str, nn.Module] | None, Targets]:
-    """Return the decoder blocks (None for a run without data) and what is compressed.
+def plan_run(model: nn.Module, config: LowBitConfig, calibrated: bool) -> tuple[Stacks, Targets]:
+    """Return the stacks of blocks (none for a run without data) and what is compressed.
 
     Raises:
-        UnsupportedModelError: nothing can be compressed, or a calibrated run finds no single list of blocks.
+        UnsupportedModelError: nothing can be compressed, or a calibrated run does not find the blocks.
         ValueError: a skip pattern or a rule matches no module.
     """
     targets = select(model, config, None)
     if not calibrated:
-        return None, targets
-    blocks = capture.find_blocks(model)
-    return blocks, select(model, config, list(blocks))
+        return [], targets
+    stacks = capture.find_stacks(model)
+    return stacks, select(model, config, [name for stack in stacks for name in stack])
 
 
 def default_skips(model: nn.Module) -> dict[str, str]:
@@ -77,20 +83,22 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
     methods: dict[str, LowBitConfig] = {}
     dense: dict[str, str] = {}
     unwanted: dict[str, str] = {}
-    for name, module in model.named_modules():
-        reason = _why_unsupported(module)
-        if reason is None:
-            continue
+    roots = capture.text_roots(model) if capture.other_towers(model) else [""]
+    for name, reason in _units(model):
         pattern = next((p for p in config.skip if matches(p, name)), None)
         rule = next((rule for p, rule in rules_of(config) if matches(p, name)), None)
         if name in skips:
             dense[name] = skips[name]
+        elif reason == ROUTER:
+            dense[name] = reason
         elif pattern is not None:
             dense[name] = f"skip pattern {pattern!r}"
         elif any(part in fp32 for part in name.split(".")):
             dense[name] = FP32
         elif rule is None:
             dense[name] = "no rule of the recipe matches"
+        elif not any(root == "" or name.startswith(f"{root}.") for root in roots):
+            dense[name] = NOT_TEXT
         elif reason:
             dense[name] = unwanted[name] = reason
         elif blocks is not None and not any(name.startswith(f"{block}.") for block in blocks):
@@ -104,22 +112,27 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
     return Targets(methods, dense, unwanted)
 
 
-def _why_unsupported(module: nn.Module) -> str | None:
-    """Return "" for a layer that can be compressed, a reason for one that cannot, None for what is no such layer.
+def _units(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield every linear-like layer with "" if it can be compressed, else the reason why not.
 
-    Subclasses of Linear have a meaning of their own, which replacing them would lose.
+    Experts that transformers keeps in one parameter are listed one by one, under the names they will have.
     """
-    if type(module) is nn.Linear:
-        return ""
-    if isinstance(module, nn.Embedding):
-        return None
-    own = dict(module.named_parameters(recurse=False))
-    if any(parameter.dim() == 3 for parameter in own.values()) and not isinstance(module, nn.Conv1d):
-        return f"fused weights of {type(module).__name__} are not supported yet"
-    weight: Any = own.get("weight")
-    if weight is not None and weight.dim() >= 2:
-        return f"layers of type {type(module).__name__} are not supported"
-    return None
+    for name, module in model.named_modules():
+        if type(module) in DENSE_TYPES:
+            yield name, ""
+            continue
+        fused = {} if isinstance(module, nn.Conv1d) else fused_parameters(module)
+        if fused and is_supported(module):
+            for parameter, weights in fused.items():
+                yield from ((expert, "") for expert in expert_names(name, parameter, len(weights)))
+        elif fused:
+            yield name, f"fused weights of {type(module).__name__} are not supported"
+        elif not isinstance(module, nn.Embedding):
+            weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
+            kind = type(module).__name__
+            if weight is not None and weight.dim() >= 2:
+                # a router is small and decides which experts run at all
+                yield name, ROUTER if kind.endswith("Router") else f"layers of type {kind} are not supported"
 
 
 def _refuse_idle_patterns(model: nn.Module, config: LowBitConfig, layers: list[str]) -> None:
@@ -127,7 +140,7 @@ def _refuse_idle_patterns(model: nn.Module, config: LowBitConfig, layers: list[s
 
     A rule must match a linear-like layer; a skip may also name an embedding or a norm, which stay dense anyway.
     """
-    names = [name for name, _ in model.named_modules() if name]
+    names = [*(name for name, _ in model.named_modules() if name), *layers]
     patterns = [("skip", p, names) for p in config.skip]
     patterns += [("rule", p, layers) for p, _ in rules_of(config)] if layers else []
     idle = [f"{kind} {pattern!r}" for kind, pattern, among in patterns if not any(matches(pattern, n) for n in among)]

@@ -8,6 +8,7 @@ header before a byte is read. A format does not know which method made it.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -46,7 +47,8 @@ class Spec:
         if not isinstance(data, dict):
             raise ValueError(f"{where}: the format spec must be an object, got {type(data).__name__}")
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        problems = [f"unknown key {key!r}" for key in sorted(set(data) - set(fields))]
+        unknown = sorted(set(data) - set(fields))
+        problems = [f"unknown key {reprlib.repr(key)}" for key in unknown[:10]]
         missing = [name for name, f in fields.items() if name not in data and f.default is dataclasses.MISSING]
         problems += [f"missing key {name!r}" for name in missing]
         if not missing:
@@ -71,7 +73,7 @@ class Spec:
             value = getattr(self, name)
             # 2**24: more rows or columns than any layer has; a larger claim is a damaged or hostile file.
             if type(value) is not int or not 1 <= value <= 2**24:
-                found.append(f"{name} must be an integer from 1 to {2**24}, got {value!r}")
+                found.append(f"{name} must be an integer from 1 to {2**24}, got {reprlib.repr(value)}")
         return found
 
 
@@ -123,6 +125,10 @@ class Format:
             name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in cls.shapes(spec).items()
         }
         return cls.from_state(tensors, spec)
+
+    def to(self: Self, device: torch.device) -> Self:
+        """Return the format with its tensors on another device."""
+        return self.from_state({name: tensor.to(device) for name, tensor in self.state().items()}, self.spec)
 
     def validate(self, where: str) -> None:
         """Check spec, names, shapes, dtypes and contents, so that nothing unchecked reaches a kernel.

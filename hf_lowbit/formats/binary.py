@@ -25,6 +25,7 @@ shape, before any byte is read, and kernels gather with it directly.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from typing import ClassVar
 
 import torch
@@ -78,14 +79,15 @@ class BinarySpec(Spec):
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
-                found.append(f"{name} must be an integer from {low} to {high}, got {value!r}")
+                found.append(f"{name} must be an integer from {low} to {high}, got {reprlib.repr(value)}")
         found += [
-            f"{name} must be true or false, got {getattr(self, name)!r}"
+            f"{name} must be true or false, got {reprlib.repr(getattr(self, name))}"
             for name in ("shift", "col_scales")
             if type(getattr(self, name)) is not bool
         ]
         if not isinstance(self.scale_dtype, str) or self.scale_dtype not in SCALE_DTYPES:
-            found.append(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, got {self.scale_dtype!r}")
+            names = ", ".join(SCALE_DTYPES)
+            found.append(f"scale_dtype must be one of {names}, got {reprlib.repr(self.scale_dtype)}")
         if found:
             return found
         if bool(self.salient) != bool(self.salient_groups):
@@ -273,8 +275,10 @@ class BinaryFormat(Format):
         high = spread(unpack_plane(self.group[1], self.spec.kept), keep)  # the plane of codes 2 and 3
         return bool(high[:, self.salient.long()].any())
 
-    def _parts(self) -> tuple[Tensor | None, ...]:
-        return (
+    def call_arguments(self) -> tuple[tuple[Tensor | None, ...], tuple[int, int, int, int]]:
+        """Return the tensors and the sizes as the ops take them."""
+        spec = self.spec
+        parts = (
             self.sign,
             self.row_scale,
             self.group,
@@ -285,17 +289,16 @@ class BinaryFormat(Format):
             self.col_scale2,
             self.mask,
         )
-
-    def _sizes(self) -> tuple[int, int, int, int]:
-        spec = self.spec
-        return spec.in_features, spec.block_size, spec.keep_n, spec.keep_m
+        return parts, (spec.in_features, spec.block_size, spec.keep_n, spec.keep_m)
 
     def unpack(self) -> Tensor:
         """Return the dense weight, (out_features, in_features), float32."""
-        dense: Tensor = torch.ops.hf_lowbit.binary_dequantize(*self._parts(), *self._sizes())
+        parts, sizes = self.call_arguments()
+        dense: Tensor = torch.ops.hf_lowbit.binary_dequantize(*parts, *sizes)
         return dense
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ W.T + bias``; x (..., in_features), result in the dtype of ``x``."""
-        out: Tensor = torch.ops.hf_lowbit.binary_linear(x, *self._parts(), bias, *self._sizes())
+        parts, sizes = self.call_arguments()
+        out: Tensor = torch.ops.hf_lowbit.binary_linear(x, *parts, bias, *sizes)
         return out

@@ -1,42 +1,60 @@
 """The quantizer that transformers calls: compress while loading a dense checkpoint, or load a packed one.
 
-Dense checkpoint: the linear layers to be compressed are not loaded at first. transformers hands their tensors to an op
-that drops them (they are memory-mapped, so nothing is read), and when everything else is in place the compression run
-reads them block by block. Packed checkpoint: the layers are replaced by packed ones on ``meta``, compared with the
-files' headers, filled by transformers, and checked.
+Dense checkpoint: transformers hands each weight that is to be compressed to an op. A run without data compresses it
+there and then; a calibrated run leaves a stub (weights are memory-mapped, so nothing is read) and reads the weights
+block by block when everything else is in place. Packed checkpoint: the layers are replaced by packed ones on
+``meta``, compared with the files' headers, filled by transformers, and checked.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, revert_weight_conversion
 from transformers.quantizers import auto as registry_of_transformers
 from transformers.quantizers.base import HfQuantizer
 
-from hf_lowbit.compress import CheckpointSource, compress_model
-from hf_lowbit.compress.checksums import damaged_tensors, metadata_of
-from hf_lowbit.compress.engine import RunReport, check_calibration
-from hf_lowbit.compress.headers import TensorHeader, compare, packed_layer_spec, read_headers
-from hf_lowbit.compress.targets import plan_run
+from hf_lowbit.compress import CheckpointSource, Intake, Run, RunReport, compress_model
+from hf_lowbit.compress.checksums import problems_on_load
+from hf_lowbit.compress.engine import check_calibration
+from hf_lowbit.compress.headers import TensorHeader, compare, names_metadata, packed_layer_spec, read_headers, unlisted
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig, calibration_kind
 from hf_lowbit.errors import CheckpointError
-from hf_lowbit.formats import FORMATS
-from hf_lowbit.layers import PackedLinear, packed_modules
+from hf_lowbit.experts import expert_lists, fused_name, fused_parameters, is_supported, put_together, take_apart
+from hf_lowbit.hf.save import file_metadata
+from hf_lowbit.layers import DENSE_TYPES, PackedLinear, features, packed_modules
 
 logger = logging.getLogger(__name__)
 NAME = HfLowbitMethod.HF_LOWBIT.value
+# Bytes of a weight when it is packed: 2.9 to 3.7 bits with the default options, and scales weigh more in small layers.
+_PACKED_BYTES = 0.5
 
 
-class _Defer(ConversionOps):
-    """Puts a stub in the place of a dense weight that the compression run will read itself."""
+class _HandOver(ConversionOps):
+    """Gives a dense weight to the compression run instead of to the model."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        first = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        return {key: tensor.new_zeros(1) for key, tensor in first.items()}
+        """Hand over the weights that are compressed and return the others."""
+        stored = kwargs.get("source_patterns") or []  # of a tensor that is stored as it is, its name in the checkpoint
+        missing = kwargs.get("missing_keys")
+        rest = {}
+        for name, value in input_dict.items():
+            if not self._intake.wants(name):
+                rest[name] = value
+                continue
+            self._intake.take(name, value[0] if isinstance(value, list) else value, *stored[:1])
+            if missing is not None:
+                missing.discard(name)
+        return rest
 
 
 class LowBitHfQuantizer(HfQuantizer):
@@ -51,13 +69,15 @@ class LowBitHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: LowBitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.report: RunReport | None = None
-        self._source: CheckpointSource | None = None
-        self._deferred: set[str] = set()
+        self._intake: Intake | None = None
+        self._files: list[str] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work before the model is built."""
         device_map = kwargs.get("device_map")
         if self.pre_quantized:
+            if kwargs.get("weights_only") is False:
+                raise ValueError("hf_lowbit: packed checkpoints are safetensors files; weights_only=False is refused")
             if self.quantization_config.modules is None:
                 raise CheckpointError(
                     "config.json names hf_lowbit but its quantization_config lists no packed modules; "
@@ -78,75 +98,92 @@ class LowBitHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
+        self.update_parallel_plan(model, None)  # transformers before 5.21 does not ask
+        _refuse_files_elsewhere(model, checkpoint_files or [])
         files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
         if self.pre_quantized:
+            if checkpoint_files is not None and (not files or len(files) < len(checkpoint_files)):
+                others = sorted(
+                    {os.path.basename(file) for file in checkpoint_files} - set(map(os.path.basename, files))
+                )
+                raise CheckpointError(f"packed checkpoints are safetensors files; not opened: {others[:5]}")
+            self._files = files
             self._build_skeleton(model, files)
+            self.quantization_config = _named_as_in(model, self.quantization_config)
             if self.quantization_config.run.verify:
-                problems, _ = damaged_tensors(files)
-                _raise_first(problems)
+                _raise_first(problems_on_load(files))
             return model
-        config = self.quantization_config
-        _, targets = plan_run(model, config, check_calibration(config) is not None)  # refuses bad patterns early
+        source = None
         if files and len(files) == len(checkpoint_files or []):
-            self._source = CheckpointSource(files, getattr(model, "base_model_prefix", ""))
-            self._deferred = {
-                f"{name}.weight" for name in targets.methods if self._source.locate(f"{name}.weight") is not None
-            }
+            source = CheckpointSource(files, getattr(model, "base_model_prefix", ""))
+        config = self.quantization_config
+        with torch.device("cpu"):  # transformers builds the model under "meta", which calibration data must not follow
+            self._intake = Intake(Run(model, config, source, _tokenizer_for(config, model)))
         return model
 
     def _build_skeleton(self, model: Any, files: list[str]) -> None:
         """Put empty packed layers where the config's module table says, after comparing it with the files' headers."""
-        headers = {key: tensor for file in files for key, tensor in read_headers(file).items()}
+        headers: dict[str, TensorHeader] = {}
         problems = []
-        for stored, row in (self.quantization_config.modules or {}).items():
-            name = _name_in(model, stored)
-            linear = None if name is None else model.get_submodule(name)
-            if name is None or type(linear) is not nn.Linear:
-                if name is None and _belongs_to_other_part(model, stored):
-                    continue
+        for file in files:
+            found = read_headers(file)
+            twice = sorted(headers.keys() & found.keys())
+            problems += [f"{name}: is in {headers[name].file} and in {found[name].file}" for name in twice]
+            headers |= found
+        table = self.quantization_config.modules or {}
+        _take_apart_listed(model, table)
+        known = {name for name, _ in model.named_modules()}
+        for stored, row in table.items():
+            name = _name_in(model, stored, known)
+            if name is None and _belongs_to_other_part(model, stored):
+                continue
+            dense: Any = None if name is None else model.get_submodule(name)
+            if name is None or type(dense) not in DENSE_TYPES:
                 problems.append(f"{stored}: the model has no linear layer of this name")
                 continue
             try:
-                model.set_submodule(name, _empty_layer(stored, row, linear, headers))
+                model.set_submodule(name, _empty_layer(stored, row, dense, headers))
             except ValueError as error:
                 problems.append(str(error))
-        leaves = {f"weight_{name}" for format_type in FORMATS.values() for name in format_type.tensor_names}
-        left_over = {key.rpartition(".")[0] for key in headers if key.rpartition(".")[2] in leaves}
-        for stored in sorted(left_over - set(self.quantization_config.modules or {})):
-            problems.append(f"{stored}: the files hold packed tensors of it, config.json does not list it")
-        _raise_first(problems)
+        _raise_first(problems + unlisted(table, headers) + _size_problems(model, headers))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Return whether a dense tensor is put off until the compression run."""
-        return param_name in self._deferred
+        """Return whether a dense tensor goes to the compression run."""
+        return self._intake is not None and self._intake.wants(param_name)
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
-        """Return the bytes that an element will take: deferred weights are not held, so they count nothing."""
-        return 0 if param_name in self._deferred else param.element_size()
+        """Return the bytes that an element will take; a dense weight that is compressed takes those of the packed."""
+        return _PACKED_BYTES if self.param_needs_quantization(model, param_name) else param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:
-        """Return the op for deferred tensors."""
-        return _Defer()
+        """Return the op for dense tensors that are compressed."""
+        if self._intake is None:
+            raise RuntimeError("asked for an op outside of loading")
+        return _HandOver(self._intake)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
             _refuse_unloaded(model)
+            offloaded = any(parameter.device.type == "meta" for parameter in model.parameters())
+            prefix = getattr(model, "base_model_prefix", "")
+            source = CheckpointSource(self._files, prefix) if offloaded else None
             for name, layer in packed_modules(model).items():
-                if all(parameter.device.type != "meta" for _, parameter in layer.packed_tensors()):
-                    _validated(name, layer)
+                _validated(name, layer, source)
             return model
-        tokenizer = _tokenizer_for(self.quantization_config, model)
-        config, self.report = compress_model(model, self.quantization_config, self._source, tokenizer)
-        self._deferred, self._source = set(), None
-        self.quantization_config = model.config.quantization_config = config
+        if self._intake is None:
+            raise RuntimeError("the model was not prepared for compression")
+        intake, self._intake = self._intake, None
+        intake.close()
+        self.quantization_config = model.config.quantization_config = intake.run.complete()
+        self.report = intake.run.report
         self.pre_quantized = True
         return model
 
     # Later life --------------------------------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Return the metadata of the files to be written: a checksum for every tensor."""
-        return None, metadata_of(model.state_dict())
+        """Return the metadata of the files to be written: a checksum for every tensor and for the configs."""
+        return None, {**file_metadata(model), **names_metadata(_stored_names(model))}
 
     def is_serializable(self) -> bool:
         """Packed models can be saved."""
@@ -162,10 +199,59 @@ class LowBitHfQuantizer(HfQuantizer):
         """The ops have shape rules, so ``generate`` may compile."""
         return True
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for name, layer in packed_modules(model).items():
-            model.set_submodule(name, layer.dequantize(dtype))
+    def remove_quantization_config(self, model: Any) -> None:
+        """Remove all marks of quantization; transformers forgets the one in the config."""
+        super().remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                del module.config._is_quantized
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as config.json has it
+        layers = packed_modules(model)
+        away = [name for name, layer in layers.items() if any(p.device.type == "meta" for p in layer.parameters())]
+        if away:  # their hooks would go with them, and the dense layers would compute on nothing
+            raise ValueError(
+                f"{len(away)} packed layers are offloaded, first {away[0]}; load the model without offloading, then "
+                "call dequantize()"
+            )
+        under_adapters = any(name.endswith("base_layer") for name in layers)
+        for name, layer in layers.items():
+            model.set_submodule(name, layer.dequantize(dtype).requires_grad_(not under_adapters))
+        for module, parameter in expert_lists(model):
+            put_together(module, parameter)
         return model
+
+
+def _stored_names(model: Any) -> dict[str, str]:
+    """Return under which names transformers will store the tensors of packed layers."""
+    marks = {
+        f"{name}.{leaf}": torch.empty(0) for name, layer in packed_modules(model).items() for leaf in layer._parameters
+    }
+    name_of = {id(mark): name for name, mark in marks.items()}
+    return {name_of[id(mark)]: stored for stored, mark in revert_weight_conversion(model, dict(marks)).items()}
+
+
+def _refuse_files_elsewhere(model: Any, files: Iterable[str]) -> None:
+    """Refuse weight files outside the model's folder: transformers joins names from an index to it as they are.
+
+    Files from the Hub lie in its cache, and its client refuses such names.
+    """
+    folder = str(getattr(model.config, "_name_or_path", ""))
+    for file in map(str, files) if os.path.isdir(folder) else ():
+        if os.path.relpath(file, folder).split(os.sep)[0] == os.pardir:
+            raise CheckpointError(
+                f"the index of the model names {os.path.relpath(file, folder)!r}, outside its folder"
+            )
+
+
+def _size_problems(model: Any, headers: Mapping[str, TensorHeader]) -> list[str]:
+    """Compare sizes before transformers makes room for what is missing. Tied tensors count twice at most."""
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(tensor.count for tensor in headers.values())
+    if headers and wanted > 2 * stored:
+        return [f"config.json describes a model of {wanted:,} elements, the files hold {stored:,}"]
+    return []
 
 
 def _raise_first(problems: list[str]) -> None:
@@ -175,12 +261,36 @@ def _raise_first(problems: list[str]) -> None:
         raise CheckpointError("; ".join(problems[:10]) + more)
 
 
-def _name_in(model: Any, stored: str) -> str | None:
+def _name_in(model: Any, stored: str, names: Container[str]) -> str | None:
     """Return the name that a stored module has in this model: a base model lacks the prefix, a head model has it."""
     prefix = getattr(model, "base_model_prefix", "")
     candidates = [stored, stored.removeprefix(f"{prefix}."), f"{prefix}.{stored}"]
-    names = {name for name, _ in model.named_modules()}
     return next((name for name in candidates if name in names), None)
+
+
+def _take_apart_listed(model: Any, table: Iterable[str]) -> None:
+    """Take the experts apart, on ``meta``, that a module table lists one by one."""
+    modules = dict(model.named_modules())
+    for stored in dict.fromkeys(filter(None, map(fused_name, table))):
+        owner, _, leaf = stored.rpartition(".")
+        name = _name_in(model, owner, modules)
+        module = modules.get(name) if name is not None else None
+        if name is not None and module is not None and leaf in fused_parameters(module) and is_supported(module):
+            take_apart(module, leaf, (), name)
+
+
+def _named_as_in(model: Any, config: LowBitConfig) -> LowBitConfig:
+    """Return the config with its tables in the names of this model, under which a save writes the tensors.
+
+    A base model lacks the prefix of the model with a head, and the modules outside of it.
+    """
+    known = {name for name, _ in model.named_modules()}
+    names = {name: _name_in(model, name, known) for name in (*(config.modules or {}), *(config.left_dense or {}))}
+    if all(names[name] == name for name in config.modules or {}):
+        return config
+    modules = {own: row for name, row in (config.modules or {}).items() if (own := names[name]) is not None}
+    dense = {names[name] or name: reason for name, reason in (config.left_dense or {}).items()}
+    return dataclasses.replace(config, modules=modules, left_dense=dense)
 
 
 def _belongs_to_other_part(model: Any, stored: str) -> bool:
@@ -190,7 +300,7 @@ def _belongs_to_other_part(model: Any, stored: str) -> bool:
     return is_base and not stored.startswith(f"{prefix}.")
 
 
-def _empty_layer(name: str, row: Any, linear: nn.Linear, headers: dict[str, TensorHeader]) -> PackedLinear:
+def _empty_layer(name: str, row: Any, dense: nn.Module, headers: dict[str, TensorHeader]) -> PackedLinear:
     """Return the packed layer of a row in the module table, on ``meta``.
 
     Files that are not safetensors have no headers here; transformers then compares the shapes.
@@ -199,20 +309,26 @@ def _empty_layer(name: str, row: Any, linear: nn.Linear, headers: dict[str, Tens
         ValueError: the row, the model's layer and the files' headers disagree.
     """
     format_type, spec = packed_layer_spec(name, row)
-    if (spec.out_features, spec.in_features) != (linear.out_features, linear.in_features):
+    rows, columns = features(dense)
+    if (spec.out_features, spec.in_features) != (rows, columns):
         raise ValueError(
-            f"{name}: stored as {spec.out_features} x {spec.in_features}, "
-            f"the model's layer is {linear.out_features} x {linear.in_features}"
+            f"{name}: stored as {spec.out_features} x {spec.in_features}, the model's layer is {rows} x {columns}"
         )
     _, problems = compare(name, format_type, spec, headers) if headers else (set(), [])
     if problems:
         raise ValueError("; ".join(problems))
-    return PackedLinear.empty_like(linear, format_type, spec)
+    return PackedLinear.empty_like(dense, format_type, spec)
 
 
-def _validated(name: str, layer: PackedLinear) -> None:
+def _validated(name: str, layer: PackedLinear, source: CheckpointSource | None) -> None:
+    """Check all values of a layer; one that stays on disk is read for that, since nothing looks at it later."""
+    packed = layer.packed
+    if source is not None and any(parameter.device.type == "meta" for _, parameter in layer.packed_tensors()):
+        shapes = packed.shapes(packed.spec)
+        state = {part: source.read(f"{name}.weight_{part}", dtype) for part, (_, dtype) in shapes.items()}
+        packed = layer.format_type.from_state(state, layer.spec)
     try:
-        layer.packed.validate(name)
+        packed.validate(name)
     except ValueError as error:
         raise CheckpointError(f"damaged checkpoint: {error}") from error
     for _, parameter in layer.packed_tensors():
@@ -223,12 +339,18 @@ def _validated(name: str, layer: PackedLinear) -> None:
 def _refuse_unloaded(model: Any) -> None:
     """transformers only warns about parameters that were not in the files and fills them at random; this raises.
 
-    A parameter read from a file carries a mark; tied ones are marked as well. Offloaded ones are on ``meta``.
+    A parameter read from a file carries a mark; tied ones are marked as well. Offloaded ones are on ``meta``. A new
+    head that is to be trained, such as that of a classifier, is meant to start at random.
     """
+    named = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
+    new_head = not named and model.get_output_embeddings() is None
+    base = f"{getattr(model, 'base_model_prefix', '')}."
     missing = [
         name
         for name, parameter in model.named_parameters()
-        if not getattr(parameter, "_is_hf_initialized", False) and parameter.device.type != "meta"
+        if not getattr(parameter, "_is_hf_initialized", False)
+        and parameter.device.type != "meta"
+        and not (new_head and not name.startswith(base))
     ]
     if missing:
         raise CheckpointError(
@@ -275,7 +397,7 @@ def quantize(model: Any, config: LowBitConfig) -> RunReport:
         raise TypeError(f"config must be a config of hf_lowbit, such as ARBConfig, got {type(config).__name__}")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{type(model).__name__} is quantized already; load the dense checkpoint instead")
-    finished, report = compress_model(model, config, tokenizer=_tokenizer_for(config, model))
+    finished, report = compress_model(model, config, _tokenizer_for(config, model))
     model.hf_quantizer = LowBitHfQuantizer(finished, pre_quantized=True)
     model.hf_quantizer.report = report
     model.config.quantization_config = finished

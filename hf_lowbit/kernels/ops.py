@@ -1,8 +1,7 @@
 """Registration of the custom ops ``hf_lowbit::*``.
 
-The reference runs wherever no faster kernel is registered (dispatch key ``CompositeExplicitAutograd``); a fast kernel
-adds itself with ``LIBRARY.impl(name, function, "CPU" or "CUDA")`` and nothing else changes. Weights are frozen: the
-gradient exists for the input and the bias only.
+One function serves all devices (dispatch key ``CompositeExplicitAutograd``): what runs for a case,
+:mod:`hf_lowbit.kernels.dispatch` decides. Weights are frozen: the gradient exists for the input and the bias only.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lowbit.kernels import reference
+from hf_lowbit.kernels import dispatch
 
 LIBRARY = torch.library.Library("hf_lowbit", "DEF")
 
@@ -46,12 +45,16 @@ def _check_input(x: Tensor, row_scale: Tensor, bias: Tensor | None, in_features:
 
 def _binary_linear(x: Tensor, *args: Any) -> Tensor:
     _check_input(x, args[1], args[9], args[10])
-    return reference.binary_linear(x, *args)
+    return dispatch.binary_linear(x, args[:9], args[9], args[10:])
 
 
 def _binary_linear_fake(x: Tensor, *args: Any) -> Tensor:
     _check_input(x, args[1], args[9], args[10])
     return x.new_empty((*x.shape[:-1], args[1].shape[-1]))
+
+
+def _binary_dequantize(*args: Any) -> Tensor:
+    return dispatch.binary_dequantize(args[:9], args[9:])
 
 
 def _binary_dequantize_fake(sign: Tensor, row_scale: Tensor, *args: Any) -> Tensor:
@@ -80,7 +83,7 @@ def _binary_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 
 LIBRARY.impl("binary_linear", _binary_linear, "CompositeExplicitAutograd")
-LIBRARY.impl("binary_dequantize", reference.binary_dequantize, "CompositeExplicitAutograd")
+LIBRARY.impl("binary_dequantize", _binary_dequantize, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_lowbit::binary_linear", _binary_linear_fake, lib=LIBRARY)
 torch.library.register_fake("hf_lowbit::binary_dequantize", _binary_dequantize_fake, lib=LIBRARY)
 torch.library.register_autograd(

@@ -78,11 +78,11 @@ def binary_dequantize(
     cols = None if col_scale is None else col_scale.float()
 
     count = 0 if salient is None else salient.shape[0]
-    salient_groups = 0
+    codes = 0
     if count:
         plain_groups = 2 ** (0 if group is None else group.shape[0])
-        salient_groups = _salient_groups(scale.shape[0], plain_groups)
-    plain = slice(salient_groups, scale.shape[0] - salient_groups)
+        codes = salient_groups(scale.shape[0], plain_groups)
+    plain = slice(codes, scale.shape[0] - codes)
     values = signs * _by_code(code, scale[plain], block_size)
     if cols is not None:
         values *= _select(code, cols[: plain.stop - plain.start].unsqueeze(1))
@@ -91,21 +91,21 @@ def binary_dequantize(
     if count and salient is not None and sign2 is not None:
         index = salient.long()
         blocks = index // block_size
-        chosen = code[:, index] if salient_groups > 1 else torch.zeros_like(code[:, index])
-        first = signs[:, index] * _select(chosen, scale[:salient_groups, blocks].transpose(1, 2))
+        chosen = code[:, index] if codes > 1 else torch.zeros_like(code[:, index])
+        first = signs[:, index] * _select(chosen, scale[:codes, blocks].transpose(1, 2))
         second = _signs(unpack_plane(sign2, count))
         second = second * _select(chosen, scale[plain.stop :, blocks].transpose(1, 2))
         if cols is not None:
-            first *= _select(chosen, cols[:salient_groups, index].unsqueeze(1))
+            first *= _select(chosen, cols[:codes, index].unsqueeze(1))
         if col_scale2 is not None:
             second *= _select(chosen, col_scale2.float().unsqueeze(1))
         if shift is not None:
-            first += _select(chosen, shift[:salient_groups, blocks].transpose(1, 2))
+            first += _select(chosen, shift[:codes, blocks].transpose(1, 2))
         values[:, index] = first + second
     return values if keep is None else values * keep
 
 
-def _salient_groups(entries: int, plain_capacity: int) -> int:
+def salient_groups(entries: int, plain_capacity: int) -> int:
     """Number of salient groups S from ``entries = 2·S + G``; with two group planes G is 3 or 4.
 
     S is 1 (no bitmap on salient columns) or 2, and G more than half its capacity, which makes the answer unique.

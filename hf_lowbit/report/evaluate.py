@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 from hf_lowbit.calibration.data import load_texts, tokenize
 from hf_lowbit.config import DATASETS
 from hf_lowbit.errors import CalibrationError, HfLowbitError
+from hf_lowbit.hf.auto import auto_class, load_tokenizer
 from hf_lowbit.report.headers import read_checkpoint
 from hf_lowbit.report.inspect import bits_per_parameter
 
@@ -89,18 +90,6 @@ def heldout_tokens(data: Any, tokenizer: Any, samples: int, length: int) -> Tens
             f"take at most {len(stream) // length} samples of this length, or more text"
         )
     return stream[: samples * length].view(samples, length)
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """Return the tokenizer of a model.
-
-    Raises:
-        ValueError: it has none; what transformers says then is about libraries that would not help.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no tokenizer could be loaded; save the dense model's beside it") from error
 
 
 def decode_speed(
@@ -189,12 +178,14 @@ def evaluate(
     names = [checkpoint.name for checkpoint in checkpoints]
     if len(set(names)) < len(names):
         names = [f"{name} ({role})" for name, role in zip(names, ("model", "against"), strict=True)]
+    if AutoModelForSeq2SeqLM in map(auto_class, places):
+        raise ValueError("perplexity of running text is measured for decoders; this is an encoder-decoder")
     tokenizer = load_tokenizer(path)
     tokens = heldout_tokens(data, tokenizer, samples, sequence_length)
     rows: dict[str, dict[str, Any]] = {}
     models: dict[str, Any] = {}
     for name, place, checkpoint in zip(names, places, checkpoints, strict=True):
-        models[name] = AutoModelForCausalLM.from_pretrained(place)
+        models[name] = auto_class(place).from_pretrained(place)
         rows[name] = {
             "perplexity": perplexity(models[name], tokens, batch_size, progress),
             "bytes": checkpoint.total_bytes,

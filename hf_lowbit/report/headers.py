@@ -1,25 +1,28 @@
 """The headers of a saved model, compressed or dense: which tensors lie in which file, and how big every file is.
 
 Only config.json, the index and the headers are read. What they say is not trusted: names of files are plain names in
-the folder, and a header that does not fit its file is an error that names the file.
+the folder, and a header that does not fit its file is an error that names the file. Links are followed, since the
+cache of the Hub is made of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 
-from hf_lowbit.compress.headers import TensorHeader, known, read_headers
-from hf_lowbit.config import HfLowbitMethod
+from hf_lowbit.compress.headers import TensorHeader, by_module_name, read_headers
+from hf_lowbit.config import HfLowbitMethod, parse_json
 from hf_lowbit.errors import CheckpointError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# No separator, no colon, no leading dot: neither another folder, nor another drive, nor a hidden file.
+_WEIGHT_FILE = re.compile(r"[\w-][\w.-]*\.safetensors")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -79,8 +82,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         if folder.exists() or not _REPOSITORY.fullmatch(str(path)):
             raise ValueError(f"{path}: no such folder, and not the name of a repository on the Hub")
         return _read_repository(str(path))
-    name = folder.resolve().name
-    files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    name = _printable(folder.resolve().name)
+    files = {
+        _printable(file.relative_to(folder).as_posix()): file.stat().st_size
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
     if "config.json" not in files:
         raise CheckpointError(f"{name}: there is no config.json in this folder, so it is not a saved model")
     config = _json_object(folder / "config.json", name)
@@ -98,16 +105,28 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         if twice := tensors.keys() & found.keys():
             raise CheckpointError(f"{name}: {min(twice)} is in {shard} and in {tensors[min(twice)].file}")
         tensors |= found
-    lost = [key for key, shard in listed.items() if key not in tensors or tensors[key].file != shard]
+    places = {tensor.key: tensor.file for tensor in tensors.values()}
+    lost = [key for key, shard in listed.items() if places.get(key) != shard]
     if lost:
-        raise CheckpointError(f"{name}: {_INDEX} places {lost[0]} in {listed[lost[0]]}, which does not hold it")
+        key = lost[0]
+        raise CheckpointError(f"{name}: {_INDEX} places {_printable(key)} in {listed[key]}, which does not hold it")
     return Checkpoint(name, config, tensors, files)
+
+
+def _printable(name: str) -> str:
+    """Return the name of a file as it may be shown on a terminal; no weight file is called by the other form."""
+    return name if name.isprintable() else ascii(name)
+
+
+def _is_weight_file(name: Any) -> bool:
+    """Return whether a name from an index can only mean a safetensors file in the same folder."""
+    return isinstance(name, str) and bool(_WEIGHT_FILE.fullmatch(name))
 
 
 def _json_object(file: Path, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise CheckpointError(f"{file.name} of {name}: is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file.name} of {name}: must be an object, got {type(content).__name__}")
@@ -117,11 +136,14 @@ def _json_object(file: Path, name: str) -> dict[str, Any]:
 def _shards(index: Path, name: str) -> tuple[list[str], dict[str, str]]:
     """Return the weight files of an index, and which tensor it places where."""
     listed = _json_object(index, name).get("weight_map")
-    plain = isinstance(listed, dict) and all(
-        isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard for shard in listed.values()
-    )
-    if not plain or not listed:
-        raise CheckpointError(f"{index.name} of {name}: weight_map must give plain file names in the same folder")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{index.name} of {name}: weight_map must be an object that gives file names")
+    for key, shard in listed.items():
+        if not _is_weight_file(shard):
+            raise CheckpointError(
+                f"{index.name} of {name}: weight_map must give plain file names in the same folder, such as "
+                f"model-00001-of-00002.safetensors; for {reprlib.repr(key)} it gives {reprlib.repr(shard)}"
+            )
     return sorted(set(listed.values())), listed
 
 
@@ -136,10 +158,13 @@ def _read_repository(name: str) -> Checkpoint:
         raise CheckpointError(
             f"{name}: no such folder, and not to be had from the Hub ({type(error).__name__}: {error})"
         ) from error
-    tensors = {
-        key: TensorHeader(file, tensor.dtype, tuple(tensor.shape))
-        for file, header in metadata.files_metadata.items()
-        for key, tensor in header.tensors.items()
-    }
+    tensors: dict[str, TensorHeader] = {}
+    for file, header in metadata.files_metadata.items():
+        found = [TensorHeader(file, tensor.dtype, tuple(tensor.shape), key) for key, tensor in header.tensors.items()]
+        tensors |= by_module_name(found, header.metadata or {}, file)
     config = _json_object(config_file, name)
-    return Checkpoint(name, config, known(tensors), {file.rfilename: file.size or 0 for file in siblings})
+    files = {_printable(file.rfilename): file.size or 0 for file in siblings}
+    for shard in sorted(metadata.files_metadata):
+        if not _is_weight_file(shard) or shard not in files:
+            raise CheckpointError(f"{name}: the index names {reprlib.repr(shard)}, no weight file of this repository")
+    return Checkpoint(name, config, tensors, files)

@@ -8,11 +8,12 @@ what the disk holds, and a test keeps it so.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_lowbit.compress.headers import TensorHeader, compare, packed_layer_spec
+from hf_lowbit.compress.headers import TensorHeader, compare, packed_layer_spec, unlisted
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.report.headers import Checkpoint, read_checkpoint
@@ -162,6 +163,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         else:
             modules.append(module)
             used |= keys
+    problems += unlisted(config.modules, checkpoint.tensors)
     if problems:
         more = f"; {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{checkpoint.name}: {'; '.join(problems[:5])}{more}")
@@ -186,7 +188,10 @@ def _in_model_order(item: tuple[str, Any]) -> list[tuple[int, str]]:
 def _why_not_compressed(checkpoint: Checkpoint) -> str:
     stored = checkpoint.config.get("quantization_config")
     if isinstance(stored, dict):
-        return f"{checkpoint.name}: quantized with {stored.get('quant_method')!r}, which is not of this package"
+        method = reprlib.repr(stored.get("quant_method"))
+        return f"{checkpoint.name}: quantized with {method}, which is not of this package"
+    if stored is not None:
+        return f"config.json of {checkpoint.name}: quantization_config must be an object, got {type(stored).__name__}"
     parameters = sum(tensor.count for tensor in checkpoint.tensors.values())
     bits = bits_per_parameter(checkpoint)
     return (

@@ -1,5 +1,8 @@
 """Check a packed model on disk: config against headers, every checksum, and every value an index or scale may take.
 
+Beside the tensors these are the checksums of the config files and those that ``SHA256SUMS`` lists (see
+``compress/checksums.py``). Here an edited file counts as damaged: who edited it knows, and who did not wants to.
+
 Layers are read one at a time, so this needs little memory whatever the size of the model.
 """
 
@@ -10,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from hf_lowbit.compress.checksums import damaged_tensors
+from hf_lowbit.compress.checksums import SUMS_FILE, changed_configs, changed_files, damaged_tensors
 from hf_lowbit.compress.headers import packed_layer_spec
 from hf_lowbit.compress.source import CheckpointSource
 from hf_lowbit.report.headers import read_checkpoint
@@ -50,9 +53,15 @@ def verify(path: str | Path) -> Verification:
     found = inspect_checkpoint(checkpoint)
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", SUMS_FILE]))
+        if absent := changed_files(folder)[1]:
+            snapshot_download(str(path), allow_patterns=absent)
     files = [folder / name for name in sorted(checkpoint.weight_files)]
-    problems, compared = damaged_tensors(files)
+    problems = [*changed_configs(files).values()]
+    changed, absent = changed_files(folder)
+    problems += changed + [f"{name}: is missing" for name in absent]
+    damaged, compared = damaged_tensors(files)
+    problems += damaged
     source = CheckpointSource(files)
     for module in found.modules:
         format_type, spec = packed_layer_spec(module.name, {"format": module.format, "spec": module.spec})

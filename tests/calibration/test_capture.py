@@ -85,28 +85,33 @@ def block_by_block(model, blocks):
 @pytest.mark.parametrize("architecture", PREFIXES)
 def test_blocks_are_found_in_order(architecture):
     model = model_of(architecture)
-    blocks = capture.find_blocks(model)
+    blocks = capture.find_stacks(model)[0]
     assert list(blocks) == [f"{PREFIXES[architecture]}.{number}" for number in range(LAYERS)]
     assert all(model.get_submodule(name) is block for name, block in blocks.items())
 
 
 def test_more_than_ten_blocks_stay_in_order():
-    blocks = capture.find_blocks(tiny_model("llama", num_hidden_layers=12))
+    blocks = capture.find_stacks(tiny_model("llama", num_hidden_layers=12))[0]
     assert list(blocks) == [f"model.layers.{number}" for number in range(12)]
 
 
-def test_encoder_and_decoder_are_named():
+def test_encoder_and_decoder_are_two_stacks():
     config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    with pytest.raises(UnsupportedModelError, match=r"has 2: encoder\.block, decoder\.block.*calibration=None"):
-        capture.find_blocks(T5ForConditionalGeneration(config))
+    encoder, decoder = capture.find_stacks(T5ForConditionalGeneration(config))
+    assert list(encoder) == ["encoder.block.0", "encoder.block.1"]
+    assert list(decoder) == ["decoder.block.0", "decoder.block.1"]
+
+
+def test_blocks_of_transposed_layers():
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    assert list(capture.find_stacks(GPT2LMHeadModel(config))[0]) == ["transformer.h.0", "transformer.h.1"]
 
 
 def test_no_linear_layers_in_a_list():
-    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
-    with pytest.raises(UnsupportedModelError, match="no list of blocks with linear layers"):
-        capture.find_blocks(GPT2LMHeadModel(config))
     with pytest.raises(UnsupportedModelError, match="no list of blocks"):
-        capture.find_blocks(nn.Sequential(nn.Linear(2, 2)))
+        capture.find_stacks(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(UnsupportedModelError, match="no list of blocks with linear layers"):
+        capture.find_stacks(nn.ModuleDict({"norms": nn.ModuleList([nn.LayerNorm(2)])}))
 
 
 def test_lists_inside_blocks_and_lists_without_linears_do_not_count():
@@ -118,7 +123,7 @@ def test_lists_inside_blocks_and_lists_without_linears_do_not_count():
     model = nn.Module()
     model.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(3))
     model.layers = nn.ModuleList(Block() for _ in range(2))
-    assert list(capture.find_blocks(model)) == ["layers.0", "layers.1"]
+    assert list(capture.find_stacks(model)[0]) == ["layers.0", "layers.1"]
 
 
 # Running blocks alone --------------------------------------------------------------------------------------------
@@ -128,7 +133,7 @@ def test_lists_inside_blocks_and_lists_without_linears_do_not_count():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_blocks_one_by_one_give_exactly_what_the_model_gives(architecture, attention):
     model = model_of(architecture, attn_implementation=attention)
-    blocks = list(capture.find_blocks(model).values())
+    blocks = list(capture.find_stacks(model)[0].values())
     before = traces(model)
     after = block_by_block(model, blocks)
     for number, batch in enumerate(batches()):
@@ -142,7 +147,7 @@ def test_blocks_one_by_one_give_exactly_what_the_model_gives(architecture, atten
 def test_hidden_states_are_those_before_the_last_norm():
     """The same against the model's own output, without a hook of ours."""
     model = model_of("llama")
-    after = block_by_block(model, list(capture.find_blocks(model).values()))
+    after = block_by_block(model, list(capture.find_stacks(model)[0].values()))
     with torch.no_grad():
         for hidden, batch in zip(after[-1], batches(), strict=True):
             assert torch.equal(model.model.norm(hidden), model.model(input_ids=batch).last_hidden_state)
@@ -151,7 +156,7 @@ def test_hidden_states_are_those_before_the_last_norm():
 def test_each_block_gets_its_own_arguments():
     """Sliding and full layers differ in mask and in rotary angles; one block's arguments do not serve another."""
     model = model_of("gemma3")
-    blocks = list(capture.find_blocks(model).values())
+    blocks = list(capture.find_stacks(model)[0].values())
     batch = batches()[0]
     with torch.no_grad():
         ((hidden, _),) = capture.first_block_inputs(model, blocks, [batch])
@@ -162,7 +167,7 @@ def test_each_block_gets_its_own_arguments():
 
 def test_the_first_call_is_what_block_calls_sees_too():
     model = model_of("phi")
-    blocks = list(capture.find_blocks(model).values())
+    blocks = list(capture.find_stacks(model)[0].values())
     ((hidden, call),) = capture.first_block_inputs(model, blocks, batches()[:1])
     again = capture.block_calls(model, blocks, batches()[0], lambda states: states)[0]
     with torch.no_grad():
@@ -241,7 +246,7 @@ def test_blocks_that_are_called_twice_are_refused():
 @pytest.mark.parametrize("name", ["first_block_inputs", "block_calls"])
 def test_forwards_are_restored_after_an_error_in_the_model(name):
     model = model_of("llama")
-    blocks = list(capture.find_blocks(model).values())
+    blocks = list(capture.find_stacks(model)[0].values())
     before = traces(model)
     beyond = torch.full((1, 4), 10**6)
     with pytest.raises(IndexError):
@@ -295,7 +300,7 @@ def linears_of(block, prefix):
 
 def run_first_block(model, poison=None):
     """Statistics of the first block's linear layers, and their inputs kept beside."""
-    (prefix, block), *_ = capture.find_blocks(model).items()
+    (prefix, block), *_ = capture.find_stacks(model)[0].items()
     linears = linears_of(block, prefix)
     with torch.no_grad():
         first = capture.first_block_inputs(model, [block], batches())

@@ -8,7 +8,16 @@ import pytest
 import torch
 from click.testing import Result
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+)
 from typer.testing import CliRunner
 
 import hf_lowbit
@@ -211,3 +220,42 @@ def test_interrupted_quantize_is_resumed(dense: Path, tmp_path: Path, monkeypatc
     assert run(*arguments, "--resume").exit_code == 0
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert run("verify", tmp_path / "out").exit_code == 0
+
+
+def test_an_encoder_decoder_is_loaded_by_its_own_class(dense: Path, text: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"d_model": 32, "d_ff": 48, "d_kv": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 128}
+    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
+    AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "t5")
+    options = [word for option in QUICK for word in ("--option", option)]
+    words = ("--method", "arb", *options, "--calibration", text, "--samples", 2, "--sequence-length", 8)
+    result = run("quantize", tmp_path / "t5", tmp_path / "packed", *words)
+    assert result.exit_code == 0, result.output
+    assert "packed 14 layers" in result.output  # all but "wo", which T5 keeps in float32
+    written = run("generate", tmp_path / "packed", "--prompt", "w1 w2", "--max-new-tokens", 3)
+    assert written.exit_code == 0, written.output
+    measured = run("eval", tmp_path / "packed", "--data", text, "--no-speed")
+    assert measured.exit_code == 2
+    assert "this is an encoder-decoder" in measured.output
+
+
+def test_a_model_that_writes_no_text_is_refused(dense: Path, tmp_path: Path) -> None:
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    result = run("quantize", tmp_path / "vit", tmp_path / "out", "--method", "arb", "--calibration", "none")
+    assert result.exit_code == 2
+    assert "'vit' is not a kind of model that writes text" in result.output
+
+
+def test_bench_lists_the_kernel_of_every_kind_of_layer(packed: Path) -> None:
+    result = run("bench", packed, "--list")
+    assert result.exit_code == 0, result.output
+    assert "64 × 64" in result.stdout
+    assert "reference" in result.stdout
+    other = run("bench", "--list", "--device", "cuda")
+    assert "tensors on cuda" in " ".join(other.stdout.split())
+
+
+def test_bench_measures(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_lowbit.report.bench.speed_table.__defaults__", ((1, 2), 0.01))
+    result = run("bench", packed)
+    assert result.exit_code == 0, result.output
+    assert "× dense" in result.stdout

@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from hf_lowbit import ARBConfig, LowBitRecipe, UnsupportedModelError
-from hf_lowbit.compress.targets import FP32, OUTPUT_HEAD, TIED, default_skips, plan_run, select
-from tests.tiny import tiny_model
+from hf_lowbit.compress.targets import FP32, NOT_TEXT, OUTPUT_HEAD, ROUTER, TIED, default_skips, plan_run, select
+from tests.tiny import tiny_llava, tiny_model
 
 FREE = ARBConfig(calibration=None)
 BLOCK = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -147,34 +147,41 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2))
 
 
-def test_transposed_layers_are_named():
-    with pytest.raises(UnsupportedModelError, match="nothing to compress in GPT2LMHeadModel") as error:
-        select(gpt2(), FREE, None)
-    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-        assert f"transformer.h.0.{name}: layers of type Conv1D are not supported" in str(error.value)
+def test_transposed_layers_are_compressed():
+    targets = select(gpt2(), FREE, None)
+    assert list(targets.methods) == [
+        f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    assert list(targets.dense) == ["lm_head"]
 
 
-def test_transposed_layers_are_listed_beside_what_is_compressed():
-    model = gpt2()
-    model.extra = nn.Linear(32, 32)
-    targets = select(model, FREE, None)
-    assert list(targets.methods) == ["extra"]
-    assert targets.dense.pop("lm_head") == OUTPUT_HEAD
-    assert len(targets.dense) == 4
-    assert targets.unwanted == targets.dense  # nobody asked for these
-    assert set(targets.dense.values()) == {"layers of type Conv1D are not supported"}
-
-
-def test_experts_in_one_tensor_and_their_router_are_listed():
+def mixtral():
     config = MixtralConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4,
     )  # fmt: skip
-    targets = select(MixtralForCausalLM(config), FREE, None)
-    assert [name.rpartition(".")[2] for name in targets.methods] == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    reasons = {name.partition("layers.0.")[2]: reason for name, reason in targets.dense.items() if "layers" in name}
-    assert any("fused weights of" in reason and name.endswith("experts") for name, reason in reasons.items())
-    assert any(name.endswith("gate") for name in reasons)
+    return MixtralForCausalLM(config)
+
+
+def test_experts_in_one_tensor_are_listed_one_by_one_and_their_router_stays_dense():
+    targets = select(mixtral(), FREE, None)
+    names = [name.partition("layers.0.")[2] for name in targets.methods]
+    assert names[:4] == [f"self_attn.{name}_proj" for name in "qkvo"]
+    assert set(names[4:]) == {f"mlp.experts.each_{p}_proj.{i}" for p in ("gate_up", "down") for i in range(4)}
+    assert targets.dense["model.layers.0.mlp.gate"] == ROUTER
+    assert targets.unwanted == {}
+
+
+def test_a_rule_for_the_router_does_not_help():
+    with pytest.raises(UnsupportedModelError, match="nothing to compress"):
+        select(mixtral(), LowBitRecipe({"mlp.gate": FREE}), None)
+
+
+def test_weights_of_three_dimensions_elsewhere_are_named():
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "special": nn.Module()})
+    model["special"].bank = nn.Parameter(torch.zeros(2, 4, 4))
+    targets = select(model, FREE, None)
+    assert targets.unwanted == {"special": "fused weights of Module are not supported"}
 
 
 class Special(nn.Linear):
@@ -208,15 +215,15 @@ def test_layers_the_model_keeps_in_float32():
 
 def test_a_calibrated_run_stays_inside_the_blocks():
     model = tiny_model("opt", word_embed_proj_dim=32)  # has projections before and after the blocks
-    blocks, targets = plan_run(model, ARBConfig(), calibrated=True)
+    (blocks,), targets = plan_run(model, ARBConfig(), calibrated=True)
     assert list(blocks) == ["model.decoder.layers.0", "model.decoder.layers.1"]
     outside = {"model.decoder.project_in", "model.decoder.project_out"}
     assert {name for name, reason in targets.dense.items() if reason == "outside the decoder blocks"} == outside
     assert set(targets.unwanted) == outside
     assert len(targets.methods) == 2 * 6
 
-    free_blocks, free = plan_run(model, FREE, calibrated=False)
-    assert free_blocks is None
+    stacks, free = plan_run(model, FREE, calibrated=False)
+    assert stacks == []
     assert set(free.methods) == set(targets.methods) | outside
 
 
@@ -227,15 +234,29 @@ def test_block_names_are_compared_whole():
     assert all(name.startswith("model.layers.1.") for name in names)
 
 
-def test_encoder_and_decoder_only_without_data():
-    assert plan_run(t5(), FREE, calibrated=False)[0] is None
-    with pytest.raises(UnsupportedModelError, match=r"encoder\.block, decoder\.block"):
-        plan_run(t5(), ARBConfig(), calibrated=True)
+def test_encoder_comes_before_decoder():
+    stacks, targets = plan_run(t5(), ARBConfig(), calibrated=True)
+    assert [next(iter(stack)) for stack in stacks] == ["encoder.block.0", "decoder.block.0"]
+    assert targets.unwanted == {}
+    assert set(targets.methods) == set(select(t5(), FREE, None).methods)
 
 
-def test_a_model_without_linear_layers_is_refused_with_its_reasons_in_a_calibrated_run_too():
-    with pytest.raises(UnsupportedModelError, match="layers of type Conv1D are not supported"):
-        plan_run(gpt2(), ARBConfig(), calibrated=True)
+def test_only_the_text_model_of_a_model_with_a_vision_tower():
+    for calibrated, config in ((True, ARBConfig()), (False, FREE)):
+        stacks, targets = plan_run(tiny_llava(), config, calibrated)
+        assert all(name.startswith("model.language_model.layers.") for name in targets.methods)
+        assert {name.split(".")[1] for name, why in targets.dense.items() if why == NOT_TEXT} == {
+            "vision_tower", "multi_modal_projector",
+        }  # fmt: skip
+        assert targets.unwanted == {}
+        assert len(stacks) == calibrated
+
+
+def test_lists_of_which_it_is_not_clear_what_text_does_are_named():
+    model = nn.ModuleDict({name: nn.ModuleList([nn.Linear(4, 4)]) for name in ("left", "right")})
+    with pytest.raises(UnsupportedModelError, match=r"2 lists of blocks \(left, right\).*calibration=None"):
+        plan_run(model, ARBConfig(), calibrated=True)
+    assert len(plan_run(model, FREE, calibrated=False)[1].methods) == 2
 
 
 def test_a_rule_that_only_covers_a_norm_is_refused():

@@ -1,7 +1,12 @@
 """Saving: complete or not at all, and refused early where it cannot work."""
 
+import fcntl
 import json
+import logging
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +92,103 @@ def test_a_failed_rename_puts_the_old_folder_back(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", only_once)
+    monkeypatch.setattr(save, "_exchange", lambda *paths: False)
     with pytest.raises(OSError, match="the disk is gone"):
         save_model(model, folder, overwrite=True)
     assert content(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_old_folder_is_replaced_with_and_without_an_exchange(
+    model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(model, tmp_path / "model")
+    for number, exchange in enumerate([save._exchange, lambda *paths: False]):
+        monkeypatch.setattr(save, "_exchange", exchange)
+        model.model.norm.weight.data.fill_(number)
+        save_model(model, folder, overwrite=True)
+        assert torch.equal(LlamaForCausalLM.from_pretrained(folder).model.norm.weight, model.model.norm.weight)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_exchange_swaps_or_changes_nothing(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert not save._exchange(tmp_path / "first", tmp_path / "absent")
+    swapped = save._exchange(tmp_path / "first", tmp_path / "second")
+    assert swapped or not sys.platform.startswith("linux")
+    assert (tmp_path / "first" / ("second" if swapped else "first")).exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from hf_lowbit.hf import save
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+rename, count = Path.rename, int(sys.argv[2])
+
+def rename_and_die(self, target):
+    global count
+    if not count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    count -= 1
+    return rename(self, target)
+
+Path.rename = rename_and_die
+save._exchange = lambda *paths: False
+save.save_model(model, sys.argv[1], overwrite=True)
+"""
+
+
+@pytest.mark.parametrize(("renames", "made_anew"), [(0, False), (1, False), (1, True)])
+def test_a_kill_before_and_between_the_renames(
+    model: LlamaForCausalLM, tmp_path: Path, renames: int, made_anew: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no exchange can be had, the target is gone for a moment; the next look at it puts the old one back."""
+    folder = save_model(model, tmp_path / "model")
+    before = content(folder)
+    process = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(renames)], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert folder.exists() == (renames == 0)
+    if made_anew:  # by a user who wonders where it is; an empty folder may be saved to
+        folder.mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert check_target(folder, overwrite=True) == folder
+    assert content(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert ("model: put back" in caplog.text) == (renames == 1)
+    assert ".partial: removed; a killed save left it behind" in caplog.text
+
+
+def test_leftovers_are_removed_but_not_those_of_a_running_save(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    save_model(model, tmp_path / "model")
+    mine = [".model.0123abcd.partial", ".model.0123abce.old"]
+    others = [".model.0123abcf.partial", ".model.2.0123abcd.partial", ".model.12.old", "model.0123abcd.old"]
+    for name in mine + others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    running = os.open(tmp_path / others[0], os.O_RDONLY)
+    fcntl.flock(running, fcntl.LOCK_EX)
+    save_model(model, tmp_path / "model", overwrite=True)
+    os.close(running)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["model", *others])
+
+
+def test_files_beside_the_weights_are_listed_for_sha256sum(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "tokenizer.json").write_text("{}")
+            (folder / "templates").mkdir()
+            (folder / "templates" / "of tools.jinja").write_text("{{ tools }}")
+
+    folder = save_model(model, tmp_path / "model", tokenizer=Tokenizer(), rows=[])
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    assert [line[66:] for line in lines] == [save.REPORT_FILE, "templates/of tools.jinja", "tokenizer.json"]
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True)
+    assert not (save_model(model, tmp_path / "bare") / "SHA256SUMS").exists()
 
 
 def test_targets_that_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

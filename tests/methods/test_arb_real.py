@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_lowbit import ARBConfig
 from hf_lowbit.calibration import capture
 from hf_lowbit.calibration.data import tokenize
-from hf_lowbit.compress.engine import relative_errors
+from hf_lowbit.compress.outcome import relative_errors
 from hf_lowbit.methods.arb.algorithm import quantize
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

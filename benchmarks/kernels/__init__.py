@@ -1,0 +1,1 @@
+"""Speed of single products, and what compiled kernels contain."""

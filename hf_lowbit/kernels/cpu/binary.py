@@ -1,0 +1,229 @@
+"""The product with a ``binary`` weight on a processor, straight from the packed planes.
+
+Few tokens: the compiled library multiplies bytes that the bits of the planes select. Activations become integers of
+``digits`` bytes with one scale for 128 columns: three bytes hold float32 (relative error about 1e-7), two hold
+bfloat16 and float16 (2e-5), one is the opt-in fast mode (6e-3). Many tokens: some rows at a time are unpacked to the
+dtype of the activations in a scratch buffer, and torch multiplies.
+
+Salient columns are gathered once per weight into planes of their own ("runs", see ``csrc/binary.h``); these are kept
+beside the weight, never saved, and cost about 0.4 bit per weight where 9 % of the columns are salient.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, Weight, load
+from hf_lowbit.kernels.planes import GROUP, pack_plane, padded_columns, unpack_plane
+from hf_lowbit.kernels.reference import kept_columns, salient_groups, spread
+
+_RUN = 16
+DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
+# Above this many tokens unpacking pays; measured with `python -m benchmarks.kernels`.
+MOST_TOKENS = 32
+_ROWS_AT_ONCE = 256
+Parts = tuple[Any, ...]
+Sizes = tuple[int, int, int, int]
+
+
+def unsupported(dtype: torch.dtype, parts: Parts, sizes: Sizes) -> str | None:
+    """Return why this kernel cannot multiply, None if it can.
+
+    Args:
+        dtype: of the activations.
+        parts: the tensors of the weight in the order of the op's schema, ``sign`` to ``mask``.
+        sizes: in_features, block_size, keep_n, keep_m.
+    """
+    _, row_scale, group, row_shift, col_scale, salient = parts[:6]
+    in_features, block_size, _, keep_m = sizes
+    library, reason = load()
+    if library is None:
+        return f"no compiled library: {reason}"
+    if dtype not in DTYPES or row_scale.dtype not in DTYPES:
+        return f"activations of {dtype} and scales of {row_scale.dtype}"
+    if block_size % GROUP and block_size < in_features:
+        return f"blocks of {block_size} columns, not a multiple of {GROUP}"
+    if (group is not None and group.shape[0] > 1) or (salient is None and row_scale.shape[0] > 2):
+        return "more than two groups"
+    if row_shift is not None and (col_scale is not None or keep_m):
+        return "row shifts together with column scales or a mask"
+    return None
+
+
+class Prepared:
+    """A weight as the library wants it.
+
+    Attributes:
+        weight: pointers and sizes; the tensors they point into are kept alive here or belong to the caller.
+    """
+
+    def __init__(self, parts: Parts, in_features: int, block_size: int, keep_n: int, keep_m: int) -> None:
+        """Gather what the library wants elsewhere than it is stored; ``parts`` must outlive the object."""
+        sign, row_scale, group, row_shift, col_scale, salient, sign2, col_scale2, mask = parts
+        rows, padded = row_scale.shape[-1], padded_columns(in_features)
+        keep = None if mask is None else unpack_plane(mask, in_features)
+        codes = 1 if group is None else 2
+        own: dict[str, Tensor] = {}
+        if keep is not None:  # stored planes hold the kept columns only
+            kept = kept_columns(in_features, keep_n, keep_m)
+            own["sign"] = pack_plane(spread(unpack_plane(sign, kept), keep))
+            if group is not None:
+                own["group"] = pack_plane(spread(unpack_plane(group[0], kept), keep))
+            own["keep"] = mask
+        columns = torch.ones(codes, in_features) if col_scale is None else col_scale.float()
+        plain = torch.zeros(codes, padded)
+        plain[:, :in_features] = columns[:codes]
+        S = 0 if salient is None else salient_groups(row_scale.shape[0], codes)
+        if salient is not None:
+            plain[:, salient.long()] = 0
+            planes = [own.get("sign", sign), own.get("group", None if group is None else group[0]), sign2]
+            own |= _runs(planes, keep, columns[:S], col_scale2, salient, in_features, block_size)
+        own["plain_scale"] = plain
+        self._kept = own
+        self.weight = Weight(
+            rows=rows,
+            columns=in_features,
+            blocks=row_scale.shape[1],
+            block_size=min(block_size, padded) if block_size < in_features else padded,
+            runs=own["run_block"].shape[0] if S else 0,
+            groups=codes,
+            salient_groups=S,
+            scale_dtype=DTYPES[row_scale.dtype],
+            **{"sign": sign.data_ptr(), "group": None if group is None else group.data_ptr()}
+            | {"row_scale": row_scale.data_ptr(), "row_shift": None if row_shift is None else row_shift.data_ptr()}
+            | {name: tensor.data_ptr() for name, tensor in own.items()},
+        )
+        self.nbytes = sum(tensor.nbytes for name, tensor in own.items() if name != "keep")
+
+
+def _runs(
+    planes: list[Any], keep: Tensor | None, columns: Tensor, columns2: Tensor | None, salient: Tensor,
+    in_features: int, block_size: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Gather salient columns into runs of 16 columns of one block, eight runs to a group of a plane."""
+    sign, group, sign2 = planes
+    count, codes = salient.shape[0], columns.shape[0]
+    index = salient.long()
+    slots, of_block = [], []
+    for block in (index // block_size).unique().tolist():
+        for part in (index // block_size == block).nonzero().flatten().split(_RUN):
+            slots.append(torch.nn.functional.pad(part, (0, _RUN - len(part)), value=-1))
+            of_block.append(block)
+    while len(of_block) % 8:
+        slots.append(torch.full((_RUN,), -1))
+        of_block.append(of_block[-1])
+    place = torch.cat(slots)
+    used, safe = place >= 0, place.clamp(min=0)
+    column = index[safe]
+    second = torch.ones(codes, count) if columns2 is None else columns2.float()
+
+    def gathered(plane: Tensor, width: int, at: Tensor) -> Tensor:
+        return unpack_plane(plane, width)[:, at] & used
+
+    signs = gathered(sign, in_features, column)
+    none = torch.zeros_like(signs)
+    bits = [signs, none if group is None else gathered(group, in_features, column), gathered(sign2, count, safe)]
+    if keep is not None:
+        bits.append(keep[:, column] & used)
+    return {
+        "run_planes": torch.stack([pack_plane(each) for each in bits]),
+        "run_column": torch.where(used, column, -1).to(torch.int32).contiguous(),
+        "run_block": torch.tensor(of_block, dtype=torch.int32),
+        "first_scale": torch.where(used, columns[:, column], 0.0).contiguous(),
+        "second_scale": torch.where(used, second[:, safe], 0.0).contiguous(),
+    }
+
+
+# Prepared weights by the tensor of their signs, as long as that lives: its id, checked against a weak reference.
+_PREPARED: dict[int, tuple[Any, tuple[Any, ...], Prepared]] = {}
+
+
+def prepared(parts: Parts, in_features: int, block_size: int, keep_n: int, keep_m: int) -> Prepared:
+    """Return the prepared form of a weight, made at the first call and again whenever its tensors change."""
+    stamp = tuple((part.data_ptr(), _version(part)) for part in parts if part is not None)
+    key = id(parts[0])
+    found = _PREPARED.get(key)
+    if found is not None and found[0]() is parts[0] and found[1] == stamp:
+        return found[2]
+    made = Prepared(parts, in_features, block_size, keep_n, keep_m)
+    _PREPARED[key] = (weakref.ref(parts[0], lambda _: _PREPARED.pop(key, None)), stamp, made)
+    return made
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes, digits: int = 0) -> Tensor:
+    """Multiply: ``x @ W.T + bias``, as the op defines it.
+
+    Args:
+        x: (..., in_features), on the CPU.
+        parts: tensors of the weight, ``sign`` to ``mask``.
+        bias: (out_features,) or None.
+        sizes: in_features, block_size, keep_n, keep_m.
+        digits: bytes of an activation; 0 for as many as its dtype needs.
+
+    Returns:
+        (..., out_features), in the dtype of ``x``.
+    """
+    made = prepared(parts, *sizes)
+    rows = x.contiguous()
+    count = rows.numel() // sizes[0]
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    if count > MOST_TOKENS:
+        return _unpacking(rows, made, bias)
+    out = torch.empty((*x.shape[:-1], made.weight.rows), dtype=x.dtype)
+    library, isa = load()
+    failed = library.hflb_linear(
+        ctypes.byref(made.weight), rows.data_ptr(), DTYPES[x.dtype], count,
+        None if bias is None else bias.data_ptr(), out.data_ptr(), digits or DIGITS[x.dtype], ISAS.index(isa),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if failed == 1:  # NaN or infinity, which integers cannot hold
+        return _unpacking(rows, made, bias)
+    if failed:
+        raise MemoryError("binary_linear: no memory for a scratch buffer")
+    return out
+
+
+def _unpacking(x: Tensor, made: Prepared, bias: Tensor | None) -> Tensor:
+    """Multiply with some rows at a time unpacked to the dtype of ``x``."""
+    out = torch.empty((*x.shape[:-1], made.weight.rows), dtype=x.dtype)
+    flat, target = x.view(-1, x.shape[-1]), out.view(-1, made.weight.rows)
+    scratch = torch.empty((_ROWS_AT_ONCE, x.shape[-1]), dtype=x.dtype)
+    for start in range(0, made.weight.rows, _ROWS_AT_ONCE):
+        end = min(start + _ROWS_AT_ONCE, made.weight.rows)
+        unpack_rows(made, start, end, scratch)
+        own = None if bias is None else bias[start:end]
+        target[:, start:end] = torch.nn.functional.linear(flat, scratch[: end - start], own)
+    return out
+
+
+def unpack_rows(made: Prepared, start: int, end: int, out: Tensor) -> None:
+    """Write rows of the dense weight into ``out``, (at least end - start, in_features), contiguous."""
+    library, isa = load()
+    failed = library.hflb_dequantize(
+        ctypes.byref(made.weight),
+        start,
+        end,
+        out.data_ptr(),
+        DTYPES[out.dtype],
+        ISAS.index(isa),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("binary_dequantize: no memory for a scratch buffer")
+
+
+def dequantize(parts: Parts, sizes: Sizes) -> Tensor:
+    """Return the dense weight, (out_features, in_features), float32."""
+    made = prepared(parts, *sizes)
+    out = torch.empty(made.weight.rows, sizes[0])
+    unpack_rows(made, 0, made.weight.rows, out)
+    return out

@@ -1,0 +1,85 @@
+// Product with a weight of the format "binary", straight from the packed planes. Plain C interface: no torch, no Python.
+//
+// What a value is, kernels/reference.py defines. A row of the weight has two kinds of columns:
+//   plain columns    value = +-rs[h] * cs[h][j]  (+ shift[h])                       (h: code of the position, 0 or 1)
+//   salient columns  value = +-rs'[h] * cs[h][j]  +-  rs''[h] * cs2[h][p]  (+ shift'[h])
+// Column scales are multiplied into the activations once per call, and activations become integers of one to three
+// bytes with one scale for 128 columns. A row of a block then needs sums of bytes that bits select, which is what
+// vpdpbusd and its like do.
+//
+// Salient columns are gathered beforehand into "runs" of 16 columns of one block, in planes of the same layout as the
+// stored ones. In the main planes their activations are 0.
+#pragma once
+#include <stdint.h>
+
+#include "half.h"
+
+#define HFLB_ABI 1
+#define HFLB_GROUP 128  // columns of a group of a plane, in 16 bytes
+#define HFLB_RUN 16     // columns of a run: one bit position of a group
+#define HFLB_TILE 16    // rows that are worked on together
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { HFLB_F32 = 0, HFLB_F16 = 1, HFLB_BF16 = 2 };
+enum { EVERY = -1, ITSELF = 2 };  // what weights are made of, see tile.h
+enum { HFLB_PORTABLE = 0, HFLB_AVX2 = 1, HFLB_AVX512 = 2 };
+
+typedef struct {
+    int64_t rows;            // out_features
+    int64_t columns;         // in_features
+    int64_t blocks;          // of block_size columns, which share a row scale
+    int64_t block_size;      // a multiple of 128
+    int64_t runs;            // a multiple of 8; 0 without salient columns
+    int64_t groups;          // codes of plain columns, 1 or 2
+    int64_t salient_groups;  // codes of salient columns, 0, 1 or 2
+    int64_t scale_dtype;     // of row_scale and row_shift
+    const uint8_t* sign;       // [rows][16 * groups of columns]
+    const uint8_t* group;      // the same, with two groups; else null
+    const uint8_t* keep;       // the same: 0 where a weight is pruned; null without a mask
+    const void* row_scale;     // [2 * salient_groups + groups][blocks][rows]
+    const void* row_shift;     // [salient_groups + groups][blocks][rows] or null
+    const float* plain_scale;  // [groups][padded columns]: column scales, 0 for salient columns and padding
+    const int32_t* run_column;   // [runs * 16]: column of each slot, -1 for an empty one
+    const int32_t* run_block;    // [runs]
+    const float* first_scale;    // [salient_groups][runs * 16]: column scales, 0 for an empty slot
+    const float* second_scale;   // [salient_groups][runs * 16]
+    const uint8_t* run_planes;   // [4][rows][runs * 2]: signs, codes, signs of the second plane, and keep with a mask
+} hflb_weight;
+
+// Activations of one token as integers, in byte planes, most significant first.
+typedef struct {
+    const int8_t* bytes;  // [codes][groups of 128][planes][128]
+    const float* scale;   // [groups of 128]
+    const float* sum;     // [codes][groups of 128 or runs]: sums of the integers, times the scale
+} hflb_digits;
+
+typedef struct {
+    hflb_digits plain, first, second;
+} hflb_token;
+
+typedef struct {
+    const hflb_weight* weight;
+    const hflb_token* tokens;
+    int64_t count;   // of tokens
+    int64_t planes;  // bytes of an activation, 1 to 3
+    float* scratch;  // of hflb_scratch_floats floats, 64-byte aligned
+} hflb_work;
+
+// out[token][row - row0] for HFLB_TILE rows from row0 on (fewer at the end of the weight).
+typedef void (*hflb_tile)(const hflb_work* work, int64_t row0, float* out);
+void hflb_tile_avx512(const hflb_work* work, int64_t row0, float* out);
+void hflb_tile_avx2(const hflb_work* work, int64_t row0, float* out);
+void hflb_tile_portable(const hflb_work* work, int64_t row0, float* out);
+
+// One row of the dense weight as floats, [padded columns]; `buffer` has room for runs * 16 floats.
+typedef void (*hflb_expand)(const hflb_weight* w, int64_t row, float* out, float* buffer);
+void hflb_expand_avx512(const hflb_weight* w, int64_t row, float* out, float* buffer);
+void hflb_expand_avx2(const hflb_weight* w, int64_t row, float* out, float* buffer);
+void hflb_expand_portable(const hflb_weight* w, int64_t row, float* out, float* buffer);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,66 @@
+"""The compiled library: found, checked, and its functions with their argument types.
+
+It is plain C underneath (no torch, no Python), so one build serves every version of either.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+ABI = 1
+ISAS = ("portable", "avx2", "avx512")
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_NAME = "_binary"
+
+
+class Weight(ctypes.Structure):
+    """``hflb_weight`` of ``csrc/binary.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "blocks", "block_size", "runs")),
+        *((name, ctypes.c_int64) for name in ("groups", "salient_groups", "scale_dtype")),
+        *((name, ctypes.c_void_p) for name in ("sign", "group", "keep", "row_scale", "row_shift", "plain_scale")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("run_column", "run_block", "first_scale", "second_scale", "run_planes")
+        ),
+    )
+
+
+@functools.cache
+def load() -> tuple[Any, str]:
+    """Return the library and the name of the processor's instruction set, or None and why there is none."""
+    folder = Path(__file__).parent
+    found = [folder / f"{_NAME}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    file = next((path for path in found if path.exists()), None)
+    if file is None:
+        return None, "it was not built: there was no C++ compiler when the package was installed"
+    try:
+        library = ctypes.CDLL(str(file))
+        library.hflb_abi.restype = library.hflb_isa.restype = ctypes.c_int
+        if library.hflb_abi() != ABI:
+            return None, "it was built for another version of the package; install the package again"
+    except (OSError, AttributeError) as error:
+        logger.debug("%s", error)
+        return None, f"it cannot be loaded ({type(error).__name__})"  # the message may quote a path
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.hflb_linear.restype = ctypes.c_int
+    library.hflb_linear.argtypes = [
+        ctypes.POINTER(Weight), pointer, integer, integer, pointer, pointer, integer, integer, integer,
+    ]  # fmt: skip
+    library.hflb_dequantize.restype = ctypes.c_int
+    library.hflb_dequantize.argtypes = [
+        ctypes.POINTER(Weight), integer, integer, pointer, integer, integer, integer,
+    ]  # fmt: skip
+    isa = ISAS[library.hflb_isa()]
+    if isa == "portable":
+        logger.warning("this processor has no AVX2; packed layers run through plain C++, which is slow")
+    return library, isa

@@ -1,0 +1,29 @@
+"""Builds the CPU kernels; all else is in pyproject.toml. Without a compiler the package installs without them."""
+
+import platform
+import sys
+
+from setuptools import Extension, setup
+
+FOLDER = "hf_lowbit/kernels/cpu/csrc"
+NAMES = ("api", "tile_avx512", "tile_avx2", "tile_portable")
+HEADERS = ("binary.h", "half.h", "tile.h")
+
+flags = ["-O3", "-std=c++17", "-fno-strict-aliasing", "-fvisibility=default"]
+# the OpenMP runtime that torch brings is shared, so that torch.set_num_threads counts; clang on macOS has none
+openmp = ["-fopenmp"] if sys.platform == "linux" else []
+
+setup(
+    ext_modules=[
+        Extension(
+            "hf_lowbit.kernels.cpu._binary",
+            sources=[f"{FOLDER}/{name}.cpp" for name in NAMES],
+            depends=[f"{FOLDER}/{name}" for name in HEADERS],
+            extra_compile_args=[*flags, *openmp],
+            extra_link_args=openmp,
+            optional=True,
+        )
+    ]
+    if platform.system() != "Windows"
+    else []
+)
