@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow matrix lint quality drills
+.PHONY: help venv demo test test-slow matrix lint quality drills bench
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,3 +41,6 @@ quality: $(STAMP) ## measure the quality of ARB-LLM beside the dense model and p
 
 drills: $(STAMP) ## flip bytes, kill processes, measure memory and loading (about half an hour)
 	$(BIN)/python -m tests.drills
+
+bench: $(STAMP) ## measure products with packed weights beside torch's own (about ten minutes)
+	$(BIN)/python -m benchmarks.kernels

@@ -149,9 +149,41 @@ def decode() -> str:
     result = json.loads(path.read_text())
     ratio = result["speeds"]["packed"]["ratio"]
     environment = result["environment"]
+    speed = result["speeds"]["packed"]["tokens_per_second"]
     return (
-        f"Greedy decoding of SmolLM2-135M runs at {ratio:.3f} × the speed of the dense bfloat16 model, that is "
-        f"{1 / ratio:.0f} times slower ({environment['cpu']}, {environment['threads']} threads, one sequence)."
+        f"Greedy decoding of SmolLM2-135M runs at {ratio:.2f} × the speed of the dense bfloat16 model, {speed:.0f} "
+        f"tokens per second ({environment['cpu']}, {environment['threads']} threads, one sequence)."
+    )
+
+
+def kernels() -> str:
+    """Return the table of single products on the CPU."""
+    path = RESULTS / "kernels_cpu.json"
+    if not path.exists():
+        return "Not measured yet."
+    result = json.loads(path.read_text())
+    peers = list(dict.fromkeys(name for case in result["cases"] for name in case["ratio"]))
+    header = ["shape, tokens", "µs: median (20 %, 80 %)", *(f"× {peer}" for peer in peers), "of byte floor"]
+    rows = []
+    for case in result["cases"]:
+        low, middle, high = case["microseconds"]["ours"]
+        ratios = [f"{case['ratio'][peer]:.2f}" if peer in case["ratio"] else "–" for peer in peers]
+        rows.append(
+            [
+                f"{case['rows']} × {case['columns']}, {case['batch']}",
+                f"{middle:,.0f} ({low:,.0f}, {high:,.0f})",
+                *ratios,
+                f"{case['share_of_floor']:.0%}",
+            ]
+        )
+    environment = result["environment"]
+    rates = [case["gigabytes_per_second"] for case in result["cases"]]
+    bits = [case["bits_per_weight"] for case in result["cases"]]
+    return (
+        _table(header, rows)
+        + f"\n\n{environment['cpu']}, {result['isa']}, {environment['threads']} thread(s); memory read at "
+        f"{min(rates):.0f} to {max(rates):.0f} GB/s; {min(bits):.2f} to {max(bits):.2f} bits per weight; torch "
+        f"{environment['packages']['torch']}, commit {environment['commit']}."
     )
 
 
@@ -186,6 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-order": order,
     "decode": decode,
     "drills": drills,
+    "kernels": kernels,
 }
 
 

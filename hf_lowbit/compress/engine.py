@@ -7,8 +7,10 @@ activations. A run without data takes the layers in the order in which they come
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +39,7 @@ from hf_lowbit.layers import PackedLinear, dense_weight, features, stored_shape
 from hf_lowbit.recipe import rules_of
 
 logger = logging.getLogger(__name__)
+_C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Run:
@@ -180,6 +183,7 @@ class Run:
         packed = self.team.exchange(names, own, failure)
         for name, (layer, row) in packed.items():
             self._place(name, layer, row)
+        give_back_memory()
         if self.journal is not None and self.team.leads:
             rows = [self.rows[name] for name in names]
             self.journal.append({name: layer for name, (layer, _) in packed.items()}, rows, self._table_of(names))
@@ -342,6 +346,13 @@ class Run:
                 ", ".join(idle[:10]) + (", ..." if len(idle) > 10 else ""),
             )
         self.compress_layers(names, {name: one for name, one in found.items() if name not in idle})
+
+
+def give_back_memory() -> None:
+    """Let the C library return what was freed; glibc keeps pieces for every thread, which add up over a long run."""
+    trim = getattr(_C_LIBRARY, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def take_apart_experts(model: nn.Module, names: Mapping[str, Any]) -> None:

@@ -56,7 +56,7 @@ class Intake:
             return
         try:
             with torch.no_grad():
-                names = self._installed(parameter, tensor)
+                names = self._installed(parameter, self._unmapped(parameter, tensor, key))
                 if self.run.calibrated:
                     self._put_off(parameter, names, key)
                 else:
@@ -90,7 +90,7 @@ class Intake:
             if not problems:
                 take_apart(module, leaf, set(targets), owner, tensor)
         else:
-            problems = weight_problems(owner, tensor, stored_shape(module))
+            problems = [] if self._was_checked(parameter) else weight_problems(owner, tensor, stored_shape(module))
             names = [owner]
             module.weight = nn.Parameter(tensor.detach(), requires_grad=False)
             module.weight._is_hf_initialized = True  # or transformers would initialise it
@@ -98,6 +98,25 @@ class Intake:
             raise ValueError("; ".join(problems))
         self._arrived.add(parameter)
         return [name for name in names if name in set(targets)]
+
+    def _unmapped(self, parameter: str, tensor: Tensor, key: str | None) -> Tensor:
+        """Return a weight that is no view of a mapped file, if the checkpoint holds it as it is.
+
+        transformers keeps the files mapped until all is loaded, and every page that is read stays resident so long.
+        """
+        source = self.run.source
+        stored = None if source is None else source.locate(parameter) or (source.locate(key) if key else None)
+        if source is None or stored is None or tensor.device.type != "cpu":
+            return tensor
+        if self.run.calibrated and self._was_checked(parameter):
+            return tensor  # nobody looks at it now
+        return source.read(stored, tensor.dtype)
+
+    def _was_checked(self, parameter: str) -> bool:
+        """Return whether the run has looked at a weight when it was made: it lies in the checkpoint under its name."""
+        source = self.run.source
+        fused = fused_name(self._layers[parameter][0]) == parameter
+        return not fused and source is not None and source.locate(parameter) is not None
 
     def _put_off(self, parameter: str, names: list[str], key: str | None) -> None:
         """Leave stubs in the model, and see to it that the weights can be read later."""

@@ -45,6 +45,27 @@ def _cpu_why_not(dtype: torch.dtype, device: str, parts: Parts, sizes: Sizes) ->
     return f"tensors on {device}" if device != "cpu" else cpu.unsupported(dtype, parts, sizes)
 
 
+def _triton_why_not(dtype: torch.dtype, device: str, parts: Parts, sizes: Sizes) -> str | None:
+    if device != "cuda":  # ROCm devices are called so, too
+        return f"tensors on {device}"
+    try:
+        from hf_lowbit.kernels.triton import (
+            binary as on_gpu,
+        )  # not before a GPU needs it: Triton exists for Linux only
+    except ImportError as error:
+        return f"Triton cannot be imported ({type(error).__name__})"
+    return on_gpu.unsupported(dtype, parts, sizes)
+
+
+def _triton_linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes) -> Tensor:
+    from hf_lowbit.kernels.triton import binary as on_gpu
+
+    arguments: list[Any] = [*parts, bias, *sizes]
+    if not on_gpu.supports(x, *arguments)[0]:  # so many tokens that no launch holds them
+        return _reference(x, parts, bias, sizes)
+    return on_gpu.binary_linear(x, *arguments)
+
+
 def _reference(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes) -> Tensor:
     arguments: list[Any] = [*parts, bias, *sizes]
     return reference.binary_linear(x, *arguments)
@@ -63,6 +84,7 @@ KERNELS = {
             cpu.dequantize,
             opt_in=True,
         ),
+        Kernel("triton", "Triton on the packed planes, not yet timed on a GPU", _triton_why_not, _triton_linear),
         Kernel("reference", "plain torch, rebuilds the dense weight in every call", lambda *_: None, _reference),
     )
 }

@@ -222,13 +222,19 @@ def test_reasons_name_one_kernel_that_is_taken():
     found = dispatch.reasons(torch.float32, "cpu", case.tensors(), case.sizes())
     assert [name for name, text in found.items() if text.startswith("taken")] == ["cpu"]
     assert found["cpu-int8"].startswith("on request")
-    assert dispatch.reasons(torch.float32, "cuda", case.tensors(), case.sizes())["cpu"] == "cannot: tensors on cuda"
+    on_gpu = dispatch.reasons(torch.float32, "cuda", case.tensors(), case.sizes())
+    assert on_gpu["cpu"] == "cannot: tensors on cuda"
+    assert on_gpu["triton"].startswith("cannot: ")  # the tensors of this case are on the CPU all the same
+    assert found["triton"] == "cannot: tensors on cpu"
     double = dispatch.reasons(torch.float64, "cpu", case.tensors(), case.sizes())
     assert "activations of torch.float64" in double["cpu"]
 
 
 def test_an_unknown_kernel_cannot_be_forced():
-    with pytest.raises(ValueError, match="unknown kernel 'gpu'; known: cpu, cpu-int8, "), dispatch.forced("gpu"):
+    with (
+        pytest.raises(ValueError, match="unknown kernel 'gpu'; known: cpu, cpu-int8, triton, reference"),
+        dispatch.forced("gpu"),
+    ):
         pass
 
 
