@@ -429,7 +429,6 @@ def columns_arguments(x: Tensor, salient: Tensor, out: Tensor, compute: torch.dt
         "x_ptr": x,
         "salient_ptr": salient,
         "out_ptr": out,
-        "M": x.shape[0],
         "K": x.shape[1],
         "C": salient.shape[0],
         "x_stride": x.stride(0),

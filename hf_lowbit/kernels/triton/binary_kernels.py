@@ -297,12 +297,12 @@ def binary_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row_ok & token_ok)
 
 
-@triton.jit(do_not_specialize=["M", "C", "steps"])
+@triton.jit(do_not_specialize=["C", "steps"])
 def columns_kernel(
-    x_ptr,  # (M, K), strides x_stride and x_step
+    x_ptr,  # (M, K), strides x_stride and x_step; one row per program along the first axis of the grid
     salient_ptr,  # (C,) int32, ascending
     out_ptr,  # (M, width) of type DT
-    M, K, C, x_stride, x_step, width, padded, steps,
+    K, C, x_stride, x_step, width, padded, steps,
     DT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row of ``x`` with zeros in salient columns and up to ``padded``, then the salient columns, then zeros."""
