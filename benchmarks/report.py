@@ -36,8 +36,8 @@ QUALITY = {
 SHORT = ("dense", "rounding", "billm", "x-cgb", "rc-cgb")
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def _table(header: list[str], rows: list[list[str]], words: bool = False) -> str:
+    lines = [header, ["---", *["---" if words else "---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -204,10 +204,11 @@ def drills() -> str:
         environment = result["environment"]
         packages = ", ".join(f"{package} {number}" for package, number in environment["packages"].items())
         lines.append(
-            f"* {name.replace('_', ' ')}: {result['seconds'] / 60:.0f} min on {environment['threads']} thread(s) of "
-            f"{environment['cpu']}, Python {environment['python']}, {packages}, commit {environment['commit']}"
+            f"* {name.replace('_', ' ')}: {result['seconds'] / 60:.0f} min, {environment['cpu']}, "
+            f"torch on {environment['threads']} of its threads, Python {environment['python']}, {packages}, "
+            f"commit {environment['commit']}"
         )
-    return _table(["drill", "required", "found", "met"], rows) + "\n\n" + "\n".join(lines)
+    return _table(["drill", "required", "found", "met"], rows, words=True) + "\n\n" + "\n".join(lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -232,5 +232,5 @@ def drill(small: bool = False) -> dict[str, Any]:
         )
     cost = seconds[CHECKED_READ]["wall"] - way["wall"]
     checks.append(check("cost of the checksums (wall time)", f"{cost:.2f} s, {size / 1e9 / cost:.1f} GB/s", None))
-    figures = {"sizes": sizes, "dense sizes": dense_sizes, "seconds": seconds}
+    figures = {"sizes": sizes, "dense sizes": dense_sizes, "times": seconds}
     return {"checks": checks, **figures, "memory": {f"verify={verify}": row for verify, row in memory.items()}}
