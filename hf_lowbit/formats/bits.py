@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_lowbit.kernels import padded_columns, unpack_plane
+from hf_lowbit.kernels import pack_plane, padded_columns, unpack_plane
+from hf_lowbit.kernels.planes import GROUP
 
 
 def padding_is_zero(plane: Tensor, columns: int) -> bool:
@@ -16,7 +17,9 @@ def padding_is_zero(plane: Tensor, columns: int) -> bool:
     full = padded_columns(columns)
     if full == columns:
         return True
-    return not bool(unpack_plane(plane, full)[..., columns:].any())
+    # the padding lies in the last group of 128 columns, in 16 bytes
+    padding = pack_plane(torch.arange(full - GROUP, full, device=plane.device) >= columns)
+    return not bool((plane[..., -padding.shape[0] :] & padding).any())
 
 
 def pruned_evenly(mask: Tensor, columns: int, n: int, m: int) -> bool:
