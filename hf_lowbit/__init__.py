@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hf_lowbit.hf.transformers import quantize, register
     from hf_lowbit.layers import PackedLinear, packed_modules
     from hf_lowbit.methods.arb import ARBConfig
+    from hf_lowbit.methods.pbs2p import PBS2PConfig
     from hf_lowbit.recipe import LowBitRecipe
 
 _HOMES = {
@@ -35,6 +36,7 @@ _HOMES = {
     "HfLowbitError": "errors",
     "LowBitConfig": "config",
     "LowBitRecipe": "recipe",
+    "PBS2PConfig": "methods.pbs2p",
     "PackedLinear": "layers",
     "RunOptions": "config",
     "UnsupportedModelError": "errors",
@@ -51,6 +53,7 @@ __all__ = [
     "HfLowbitError",
     "LowBitConfig",
     "LowBitRecipe",
+    "PBS2PConfig",
     "PackedLinear",
     "RunOptions",
     "UnsupportedModelError",

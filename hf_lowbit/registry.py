@@ -13,7 +13,7 @@ from typing import Any
 from hf_lowbit.config import LowBitConfig
 
 # Written out, never discovered: an import error in a method must be seen, not swallowed by a walk.
-METHOD_MODULES = ("hf_lowbit.methods.arb",)
+METHOD_MODULES = ("hf_lowbit.methods.arb", "hf_lowbit.methods.pbs2p")
 
 UNITS = ("linear", "conv2d", "attention", "pipeline")
 DATA = ("none", "tokens", "prompts", "images", "training")
@@ -35,6 +35,19 @@ class LinearUnit:
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockUnit:
+    """A decoder block, as a method's ``plan`` is told of it.
+
+    Attributes:
+        name: full name of the block.
+        weights: how many weights of it the method compresses, at least 1.
+    """
+
+    name: str
+    weights: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
     """Record of a method.
 
@@ -49,7 +62,10 @@ class Method:
         format: name of the storage format it returns.
         status: what works today, for the table of methods.
         compress: ``(unit, stats, options) -> Format``; stats is None in a run without data.
-        plan: optional look at all units before the run.
+        plan: optional look at a whole stack of decoder blocks before the first of them is compressed, in runs with
+            data: ``(blocks, options, similarity) -> {block name: number}``. ``similarity()`` runs the dense blocks
+            and returns for each the mean cosine of its input and output; it costs a pass over the data, so it is for
+            the method to call. The numbers are merged into ``layers``, a field that the config must have.
         attach: optional run-time part.
     """
 

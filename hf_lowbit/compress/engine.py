@@ -7,12 +7,13 @@ activations. A run without data takes the layers in the order in which they come
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from hf_lowbit.calibration.data import calibration_tokens
 from hf_lowbit.calibration.stats import LinearStats
 from hf_lowbit.compress.journal import Journal, run_identity
 from hf_lowbit.compress.outcome import RunReport, finished_config, relative_errors
+from hf_lowbit.compress.planning import cosine_sums, plan_stack
 from hf_lowbit.compress.source import CheckpointSource
 from hf_lowbit.compress.targets import plan_run
 from hf_lowbit.compress.team import Team
@@ -150,8 +152,9 @@ class Run:
         """How many layers are worked on at a time, by all processes together."""
         return self.team.smallest(torch.get_num_threads()) * self.team.size
 
-    def materialize(self, names: list[str]) -> None:
-        """Read the dense weights of deferred layers, which hold a stub of one element."""
+    def materialize(self, names: list[str]) -> list[str]:
+        """Read the dense weights of deferred layers, which hold a stub of one element; return which they were."""
+        deferred = []
         for name in names:
             dense: Any = self.model.get_submodule(name)
             if dense.weight.dim() == 1:
@@ -159,6 +162,8 @@ class Run:
                     raise ValueError(f"{name}: there is no checkpoint to read it from")
                 weight = self.source.read(f"{name}.weight", dense.weight.dtype).to(dense.weight.device)
                 dense.weight = nn.Parameter(weight, requires_grad=False)
+                deferred.append(name)
+        return deferred
 
     def compress_layers(self, names: list[str], stats: Mapping[str, LinearStats | None]) -> None:
         """Replace layers by their packed form and record them, in order.
@@ -304,22 +309,46 @@ class Run:
         hidden = [states for states, _ in inputs]
         first_calls = [call for _, call in inputs]
         calls: list[list[capture.BlockCall]] | None = None
+
+        def all_calls(block: nn.Module) -> list[list[capture.BlockCall]]:
+            # the first block's outputs tell what blocks return, which the recording pass must mimic
+            wraps = capture.output_wrappers(block, hidden, first_calls)
+            pairs = zip(batches, wraps, strict=True)
+            return [capture.block_calls(self.model, modules, batch, wrap) for batch, wrap in pairs]
+
+        def similarity() -> list[float]:
+            nonlocal calls
+            if calls is None:
+                with contextlib.closing(self._dense_blocks(stack)) as dense:
+                    calls = all_calls(next(dense))
+            with contextlib.closing(self._dense_blocks(stack)) as dense:
+                sums = [self.team.total(part) for part in cosine_sums(dense, hidden, calls)]
+            return [float(total / count) for total, count in sums]
+
+        plan_stack(self, stack, similarity)
         for i, (prefix, block) in enumerate(stack.items()):
             names = [name for name in self.targets.methods if name.startswith(f"{prefix}.")]
             done = self.restored(names)
             if not done:
                 self.materialize(names)
-            if calls is None:  # the first block's outputs tell what blocks return, which the recording pass must mimic
-                wraps = capture.output_wrappers(block, hidden, first_calls)
-                with torch.no_grad():
-                    calls = [
-                        capture.block_calls(self.model, modules, batch, wrap)
-                        for batch, wrap in zip(batches, wraps, strict=True)
-                    ]
+            if calls is None:
+                calls = all_calls(block)
             own = [call[i] for call in calls]
             if not done:
                 self._compress_block(block, names, hidden, own)
             hidden = [capture.hidden_of(output) for output in capture.run_block(block, hidden, own)]
+
+    def _dense_blocks(self, stack: dict[str, nn.Module]) -> Iterator[nn.Module]:
+        """Yield the blocks of a stack with their dense weights, which go again before the next block's are read."""
+        for prefix, block in stack.items():
+            names = [name for name in self.targets.methods if name.startswith(f"{prefix}.")]
+            deferred = self.materialize(names)
+            try:
+                yield block
+            finally:
+                for name in deferred:
+                    layer: Any = self.model.get_submodule(name)
+                    layer.weight = nn.Parameter(layer.weight.new_zeros(1), requires_grad=False)
 
     def _compress_block(
         self, block: nn.Module, names: list[str], hidden: list[Tensor], calls: list[capture.BlockCall]

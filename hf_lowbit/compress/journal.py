@@ -72,6 +72,8 @@ class Journal:
 
     Attributes:
         rows: report row of every finished layer, by name.
+        plans: what was decided for a stack of blocks before its first was compressed: by name of that block, for each
+            rule of the recipe a number per block.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -84,6 +86,7 @@ class Journal:
         """
         self.folder = folder
         self.rows: dict[str, dict[str, Any]] = {}
+        self.plans: dict[str, dict[str, dict[str, int | float]]] = {}
         self._modules: dict[str, dict[str, Any]] = {}
         self._file_of: dict[str, Path] = {}
         self._entries = 0
@@ -114,6 +117,9 @@ class Journal:
             self._replace(whole.decode())
 
     def _add(self, entry: dict[str, Any]) -> None:
+        if "plan" in entry:
+            self.plans[_text(entry["stack"])] = _checked_plan(entry["plan"])
+            return
         path = self.folder / f"{self._entries:05d}.safetensors"
         if entry["file"] != path.name or not path.is_file() or file_hash(path) != entry["sha256"]:
             raise CheckpointError(
@@ -158,6 +164,16 @@ class Journal:
         _write(self.folder / LINES, json.dumps(entry) + "\n", "a")
         self._entries += 1
 
+    def append_plan(self, stack: str, plan: dict[str, dict[str, int | float]]) -> None:
+        """Record what was decided for a stack of blocks.
+
+        Args:
+            stack: name of its first block.
+            plan: for each rule, by its pattern, a number per block.
+        """
+        _write(self.folder / LINES, json.dumps({"stack": stack, "plan": plan}) + "\n", "a")
+        self.plans[stack] = plan
+
     def _replace(self, text: str) -> None:
         """Write the journal anew, at once."""
         partial = self.folder / f"{LINES}.partial"
@@ -194,6 +210,27 @@ def _checked(row: Mapping[str, Any], modules: Mapping[str, Any]) -> str:
             continue
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"{name}: {key} must be a finite number, got {reprlib.repr(value)}")
+    return name
+
+
+def _checked_plan(plan: Any) -> dict[str, dict[str, int | float]]:
+    """Return a plan as :meth:`Journal.append_plan` writes it; what the numbers may be, the method's config knows.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(plan, dict) or not all(isinstance(numbers, dict) for numbers in plan.values()):
+        raise ValueError(f"a plan must hold numbers by rule and block, got {reprlib.repr(plan)}")
+    for numbers in plan.values():
+        for block, number in numbers.items():
+            if type(number) not in (int, float) or not math.isfinite(number):
+                raise ValueError(f"{reprlib.repr(block)}: planned {reprlib.repr(number)}, which is no number")
+    return plan
+
+
+def _text(name: Any) -> str:
+    if not isinstance(name, str):
+        raise ValueError(f"{reprlib.repr(name)} is not the name of a block")
     return name
 
 

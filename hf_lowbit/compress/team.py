@@ -81,6 +81,14 @@ class Team:
         dist.all_reduce(value, dist.ReduceOp.MIN)
         return int(value)
 
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes."""
+        if self.size == 1:
+            return values
+        summed = values.to(self._device, copy=True)
+        dist.all_reduce(summed)
+        return summed.to(values.device)
+
     def add_up(self, stats: Iterable[LinearStats]) -> None:
         """Add the statistics of all processes, in place; statistics that several layers share are added once."""
         if self.size == 1:

@@ -162,7 +162,7 @@ def alternating(
     _record(trace, weight, member, fit)
     for _ in range(iterations):
         fit = _refit_scales(weight, member, count, _refit_shift(weight, member, count, fit))
-        fit = _nearest_signs(weight - fit.shift, fit)
+        fit = nearest_signs(weight - fit.shift, fit)
         _record(trace, weight, member, fit)
     if not refit or not iterations:
         return fit
@@ -186,7 +186,7 @@ def _refit_scales(weight: Tensor, member: Tensor, count: Tensor, fit: BinaryFit)
     return dataclasses.replace(fit, row_scale=scale, row_scale2=scale2)
 
 
-def _nearest_signs(target: Tensor, fit: BinaryFit) -> BinaryFit:
+def nearest_signs(target: Tensor, fit: BinaryFit) -> BinaryFit:
     """Signs that bring ``± scale ± scale2`` nearest to ``target``, element by element.
 
     With a = the larger and b = the smaller magnitude, the larger plane takes the sign of the target and the smaller
@@ -295,7 +295,7 @@ def row_column(weight: Tensor, mask: Tensor, order: int, iterations: int, trace:
     for _ in range(iterations):
         fit = _refit_all_row_column(weight, member, fit)
         if order == 2:
-            fit = _nearest_signs(weight, fit)
+            fit = nearest_signs(weight, fit)
         _record(trace, weight, member, fit)
     if order == 2 and iterations:
         fit = _refit_all_row_column(weight, member, fit)

@@ -11,7 +11,22 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"variant": variant, "iterations": 4, "x_iterations": 4, "quantiles": 9, "max_salient_per_block": 12}
         for variant in ("rc", "x", "arb", "billm", "rtn")
     ],
+    "pbs2p": [
+        {"iterations": 4, "quantiles": 9, "max_salient_per_block": 12, **form}
+        for form in (
+            {},
+            {"n": 6},
+            {"n": 8},
+            {"n": 2, "m": 4, "groups": "none", "scale_dtype": "bfloat16"},
+            {"n": 5, "groups": "billm", "solver": "alternating", "stepwise": False, "score": "wanda"},
+            {"n": 11, "m": 16, "fit": "arb"},
+            {"n": 3, "m": 5, "block_size": 160, "refresh_signs": False, "score": "magnitude"},
+        )
+    ],
 }
 
 # method -> options of the plain baseline of its kind
-BASELINE: dict[str, dict[str, Any]] = {"arb": {"variant": "rtn"}}
+BASELINE: dict[str, dict[str, Any]] = {
+    "arb": {"variant": "rtn"},
+    "pbs2p": {"fit": "plain", "groups": "none", "compensation": "none"},
+}
