@@ -1,8 +1,8 @@
-"""Registers hf_lowbit with transformers in programs that never import it. Runs at the end of ``import torch``.
+"""Registers hf_lowbit with transformers and diffusers in programs that never import it. Runs after ``import torch``.
 
 torch calls every entry point of the group "torch.backends" when it has been imported. This one puts a finder in front
-of ``sys.meta_path`` that waits for the transformers modules that know quantizers; when one of them has been executed,
-hf_lowbit registers itself. Until then the cost is this file; a program without transformers never pays more.
+of ``sys.meta_path`` that waits for those modules of both libraries that know quantizers; when one of them has been
+executed, hf_lowbit registers itself. Until then the cost is this file; a program without them never pays more.
 
 It uses the standard library only, since torch is half imported when it runs; it is silent, and nothing that goes
 wrong here may break ``import torch``. ``HF_LOWBIT_AUTOLOAD=0`` switches it off, and so does torch's own
@@ -15,9 +15,10 @@ import os
 import sys
 import warnings
 
-# The quantizer table is the natural place. If it is the first module imported, torch is loaded in the middle of it and
-# it never passes the finder; modeling_utils comes later and always before a model is loaded.
-_EARLY, _LATE = "transformers.quantizers.auto", "transformers.modeling_utils"
+# The quantizer tables are the natural place. If one is the first module imported, torch is loaded in the middle of it
+# and it never passes the finder; modeling_utils comes later and always before a model is loaded.
+EARLY = ("transformers.quantizers.auto", "diffusers.quantizers.auto")
+LATE = ("transformers.modeling_utils", "diffusers.models.modeling_utils")
 
 
 class _RegisteringLoader(importlib.abc.Loader):
@@ -40,15 +41,16 @@ class _RegisteringLoader(importlib.abc.Loader):
 
             hf_lowbit.register()
         except Exception as error:
-            if module.__name__ == _LATE:  # the early attempt may come before transformers is whole
-                warnings.warn(f"hf_lowbit could not register itself with transformers: {error!r}", stacklevel=2)
+            if module.__name__ in LATE:  # the early attempt may come before the library is whole
+                library = module.__name__.partition(".")[0]
+                warnings.warn(f"hf_lowbit could not register itself with {library}: {error!r}", stacklevel=2)
 
 
 class Finder(importlib.abc.MetaPathFinder):
     """Wraps the loaders of the watched modules, each once."""
 
     def __init__(self):
-        self._watched = {_EARLY, _LATE}
+        self._watched = {*EARLY, *LATE}
 
     def find_spec(self, name, path=None, target=None):
         if name not in self._watched:

@@ -1,6 +1,6 @@
 """Published compression methods behind ``quantization_config``, with packed storage and honest sizes.
 
->>> import hf_lowbit                                            # registers with transformers
+>>> import hf_lowbit                                            # registers with transformers and diffusers
 >>> from hf_lowbit import ARBConfig
 >>> config = ARBConfig(variant="rc", calibration="wikitext2")  # doctest: +SKIP
 >>> model = AutoModelForCausalLM.from_pretrained("org/model", quantization_config=config)  # doctest: +SKIP
@@ -8,7 +8,7 @@
 >>> model = AutoModelForCausalLM.from_pretrained("model-1bit")  # doctest: +SKIP
 
 Importing is quick and silent: names are loaded when they are first used, and the package registers when transformers
-loads its quantizers, or at once if it has done so already.
+or diffusers loads its quantizers, or at once if that has happened already.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hf_lowbit.config import CalibrationRecord, LowBitConfig, RunOptions
     from hf_lowbit.errors import CalibrationError, CheckpointError, HfLowbitError, UnsupportedModelError
-    from hf_lowbit.hf.transformers import quantize, register
+    from hf_lowbit.hf.entry import quantize, register
+    from hf_lowbit.hf.packed import unverified
     from hf_lowbit.layers import PackedLinear, packed_modules
     from hf_lowbit.methods.arb import ARBConfig
     from hf_lowbit.methods.pbs2p import PBS2PConfig
@@ -41,8 +42,9 @@ _HOMES = {
     "RunOptions": "config",
     "UnsupportedModelError": "errors",
     "packed_modules": "layers",
-    "quantize": "hf.transformers",
-    "register": "hf.transformers",
+    "quantize": "hf.entry",
+    "register": "hf.entry",
+    "unverified": "hf.packed",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "packed_modules",
     "quantize",
     "register",
+    "unverified",
 ]
 
 
@@ -76,13 +79,12 @@ def __dir__() -> list[str]:
 
 
 def _register_when_ready() -> None:
-    """Register now if transformers has its quantizers, else as soon as it does."""
-    if "transformers.modeling_utils" in sys.modules:
-        __getattr__("register")()
-        return
-    from _hf_lowbit_autoload import install
+    """Register with the libraries that have their quantizers, and with the others as soon as they do."""
+    from _hf_lowbit_autoload import LATE, install
 
     install()
+    if any(module in sys.modules for module in LATE):
+        __getattr__("register")()
 
 
 _register_when_ready()

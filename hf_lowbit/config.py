@@ -147,8 +147,28 @@ class CalibrationRecord:
     tokens: int | None = None
 
 
+class _ByMethodName(type):
+    """Builds the config of a method when a common base is called with its name, as pipelines of diffusers do.
+
+    ``PipelineQuantizationConfig(quant_backend="hf_lowbit", quant_kwargs={"method": "arb", ...})`` calls the class that
+    is registered, which is one for all methods.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if getattr(cls, "method", ""):
+            return super().__call__(*args, **kwargs)
+        if "method" not in kwargs:
+            raise TypeError(
+                f"{cls.__name__} is a common base; use the config of a method, such as ARBConfig, or name the method: "
+                "method='arb'"
+            )
+        from hf_lowbit import registry
+
+        return registry.config_class(kwargs.pop("method"))(*args, **kwargs)
+
+
 @dataclasses.dataclass(kw_only=True)
-class LowBitConfig(QuantizationConfigMixin):
+class LowBitConfig(QuantizationConfigMixin, metaclass=_ByMethodName):
     """What all configs share; also the class that transformers registers, so ``from_dict`` builds the right subclass.
 
     Attributes:
@@ -169,8 +189,6 @@ class LowBitConfig(QuantizationConfigMixin):
     run: RunOptions = dataclasses.field(default=RunOptions(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if type(self) is LowBitConfig:
-            raise TypeError("LowBitConfig is the common base; use the config of a method, such as ARBConfig")
         if isinstance(self.skip, list):
             self.skip = tuple(self.skip)
         problems = self.problems()

@@ -32,7 +32,7 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 SUMS_FILE = "SHA256SUMS"
 # 128 bits: damage is found with certainty for all purposes, at half the length of a full digest
 _DIGITS = 32
-_HOW_TO_LOAD_EDITED = "RunOptions(verify=False) loads an edited one, and saving the model records it"
+_UNVERIFIED = "RunOptions(verify=False)"
 _SUMS_LINE = re.compile(r"([0-9a-f]{64})  ((?:[\w.+ -]+/)*[\w.+ -]+)")
 
 
@@ -83,8 +83,12 @@ def metadata_from(table: Mapping[str, str], configs: Mapping[str, str]) -> dict[
     return {key: json.dumps(value, sort_keys=True, separators=(",", ":")) for key, value in entries.items() if value}
 
 
-def problems_on_load(files: Iterable[str | Path]) -> list[str]:
+def problems_on_load(files: Iterable[str | Path], way: str = _UNVERIFIED) -> list[str]:
     """Compare all that is loaded with its checksums; what people edit, as they may, is a warning.
+
+    Args:
+        files: safetensors files of one model.
+        way: how the user loads a model without this, for messages.
 
     Returns:
         What is wrong with ``config.json`` and with the tensors.
@@ -94,14 +98,15 @@ def problems_on_load(files: Iterable[str | Path]) -> list[str]:
     """
     paths = [Path(file) for file in files]
     configs = changed_configs(paths)
-    problems = [f"{configs.pop(CONFIG)}; {_HOW_TO_LOAD_EDITED}"] if CONFIG in configs else []
+    accept = f"{way} loads an edited one, and saving the model records it"
+    problems = [f"{configs.pop(CONFIG)}; {accept}"] if CONFIG in configs else []
     beside = [problem for folder in {path.parent for path in paths} for problem in changed_files(folder)[0]]
     for warning in [*configs.values(), *beside]:
         logger.warning("%s", warning)
-    return problems + damaged_tensors(paths)[0]
+    return problems + damaged_tensors(paths, way)[0]
 
 
-def damaged_tensors(files: Iterable[str | Path]) -> tuple[list[str], int]:
+def damaged_tensors(files: Iterable[str | Path], way: str = _UNVERIFIED) -> tuple[list[str], int]:
     """Compare every tensor of some files with its checksum.
 
     Hashing is spread over as many threads as torch uses: it runs at the speed of one core otherwise, below that of
@@ -109,6 +114,7 @@ def damaged_tensors(files: Iterable[str | Path]) -> tuple[list[str], int]:
 
     Args:
         files: safetensors files of one model.
+        way: how the user loads a model without this, for messages.
 
     Returns:
         What is wrong, tensor and file named, and how many tensors were compared.
@@ -121,7 +127,7 @@ def damaged_tensors(files: Iterable[str | Path]) -> tuple[list[str], int]:
         for file in map(Path, files):
             try:
                 with safe_open(file, framework="pt") as handle:
-                    table = _table(file, handle.metadata() or {})
+                    table = _table(file, handle.metadata() or {}, way)
                     first = first or (file.name, table)  # each file has the checksums of all
                     if table != first[1]:
                         problems.append(f"{file.name}: was not saved together with {first[0]}")
@@ -198,12 +204,12 @@ def write_sums(folder: Path, names: Iterable[str]) -> None:
         (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
-def _table(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+def _table(file: Path, metadata: Mapping[str, str], way: str) -> dict[str, str]:
     table = _json_object(metadata.get(METADATA_KEY, "null"))
     if not table:
         raise CheckpointError(
             f"{file.name}: has no checksums; it was damaged, or saved by something other than save_pretrained of a "
-            "packed model (RunOptions(verify=False) loads it all the same)"
+            f"packed model ({way} loads it all the same)"
         )
     return table
 

@@ -9,28 +9,33 @@ block by block when everything else is in place. Packed checkpoint: the layers a
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.core_model_loading import ConversionOps, revert_weight_conversion
 from transformers.quantizers import auto as registry_of_transformers
 from transformers.quantizers.base import HfQuantizer
 
-from hf_lowbit.compress import CheckpointSource, Intake, Run, RunReport, compress_model
-from hf_lowbit.compress.checksums import problems_on_load
+from hf_lowbit.compress import Intake, Run, RunReport, compress_model
 from hf_lowbit.compress.engine import check_calibration
-from hf_lowbit.compress.headers import TensorHeader, compare, names_metadata, packed_layer_spec, read_headers, unlisted
+from hf_lowbit.compress.headers import names_metadata
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig, calibration_kind
 from hf_lowbit.errors import CheckpointError
-from hf_lowbit.experts import expert_lists, fused_name, fused_parameters, is_supported, put_together, take_apart
+from hf_lowbit.hf.packed import (
+    build_skeleton,
+    check_stored_config,
+    check_values,
+    dense_source,
+    dequantize_layers,
+    name_in,
+    safetensors_of,
+    verify_files,
+)
 from hf_lowbit.hf.save import file_metadata
-from hf_lowbit.layers import DENSE_TYPES, PackedLinear, features, packed_modules
+from hf_lowbit.layers import packed_modules
 
-logger = logging.getLogger(__name__)
 NAME = HfLowbitMethod.HF_LOWBIT.value
 # Bytes of a weight when it is packed: 2.9 to 3.7 bits with the default options, and scales weigh more in small layers.
 _PACKED_BYTES = 0.5
@@ -78,11 +83,7 @@ class LowBitHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             if kwargs.get("weights_only") is False:
                 raise ValueError("hf_lowbit: packed checkpoints are safetensors files; weights_only=False is refused")
-            if self.quantization_config.modules is None:
-                raise CheckpointError(
-                    "config.json names hf_lowbit but its quantization_config lists no packed modules; "
-                    "it is not the config of a compressed model"
-                )
+            check_stored_config(self.quantization_config)
             return
         if isinstance(device_map, dict) and "disk" in map(str, device_map.values()):
             raise ValueError("hf_lowbit: compressing while loading cannot be combined with disk offload")
@@ -100,52 +101,17 @@ class LowBitHfQuantizer(HfQuantizer):
     ) -> Any:
         self.update_parallel_plan(model, None)  # transformers before 5.21 does not ask
         _refuse_files_elsewhere(model, checkpoint_files or [])
-        files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
         if self.pre_quantized:
-            if checkpoint_files is not None and (not files or len(files) < len(checkpoint_files)):
-                others = sorted(
-                    {os.path.basename(file) for file in checkpoint_files} - set(map(os.path.basename, files))
-                )
-                raise CheckpointError(f"packed checkpoints are safetensors files; not opened: {others[:5]}")
-            self._files = files
-            self._build_skeleton(model, files)
+            self._files = safetensors_of(checkpoint_files)
+            build_skeleton(model, self.quantization_config.modules or {}, self._files)
             self.quantization_config = _named_as_in(model, self.quantization_config)
-            if self.quantization_config.run.verify:
-                _raise_first(problems_on_load(files))
+            verify_files(self._files, self.quantization_config, "RunOptions(verify=False)")
             return model
-        source = None
-        if files and len(files) == len(checkpoint_files or []):
-            source = CheckpointSource(files, getattr(model, "base_model_prefix", ""))
+        source = dense_source(checkpoint_files, getattr(model, "base_model_prefix", ""))
         config = self.quantization_config
         with torch.device("cpu"):  # transformers builds the model under "meta", which calibration data must not follow
             self._intake = Intake(Run(model, config, source, _tokenizer_for(config, model)))
         return model
-
-    def _build_skeleton(self, model: Any, files: list[str]) -> None:
-        """Put empty packed layers where the config's module table says, after comparing it with the files' headers."""
-        headers: dict[str, TensorHeader] = {}
-        problems = []
-        for file in files:
-            found = read_headers(file)
-            twice = sorted(headers.keys() & found.keys())
-            problems += [f"{name}: is in {headers[name].file} and in {found[name].file}" for name in twice]
-            headers |= found
-        table = self.quantization_config.modules or {}
-        _take_apart_listed(model, table)
-        known = {name for name, _ in model.named_modules()}
-        for stored, row in table.items():
-            name = _name_in(model, stored, known)
-            if name is None and _belongs_to_other_part(model, stored):
-                continue
-            dense: Any = None if name is None else model.get_submodule(name)
-            if name is None or type(dense) not in DENSE_TYPES:
-                problems.append(f"{stored}: the model has no linear layer of this name")
-                continue
-            try:
-                model.set_submodule(name, _empty_layer(stored, row, dense, headers))
-            except ValueError as error:
-                problems.append(str(error))
-        _raise_first(problems + unlisted(table, headers) + _size_problems(model, headers))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a dense tensor goes to the compression run."""
@@ -164,11 +130,7 @@ class LowBitHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
             _refuse_unloaded(model)
-            offloaded = any(parameter.device.type == "meta" for parameter in model.parameters())
-            prefix = getattr(model, "base_model_prefix", "")
-            source = CheckpointSource(self._files, prefix) if offloaded else None
-            for name, layer in packed_modules(model).items():
-                _validated(name, layer, source)
+            check_values(model, self._files)
             return model
         if self._intake is None:
             raise RuntimeError("the model was not prepared for compression")
@@ -208,18 +170,7 @@ class LowBitHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as config.json has it
-        layers = packed_modules(model)
-        away = [name for name, layer in layers.items() if any(p.device.type == "meta" for p in layer.parameters())]
-        if away:  # their hooks would go with them, and the dense layers would compute on nothing
-            raise ValueError(
-                f"{len(away)} packed layers are offloaded, first {away[0]}; load the model without offloading, then "
-                "call dequantize()"
-            )
-        under_adapters = any(name.endswith("base_layer") for name in layers)
-        for name, layer in layers.items():
-            model.set_submodule(name, layer.dequantize(dtype).requires_grad_(not under_adapters))
-        for module, parameter in expert_lists(model):
-            put_together(module, parameter)
+        dequantize_layers(model, dtype)
         return model
 
 
@@ -245,95 +196,18 @@ def _refuse_files_elsewhere(model: Any, files: Iterable[str]) -> None:
             )
 
 
-def _size_problems(model: Any, headers: Mapping[str, TensorHeader]) -> list[str]:
-    """Compare sizes before transformers makes room for what is missing. Tied tensors count twice at most."""
-    wanted = sum(parameter.numel() for parameter in model.parameters())
-    stored = sum(tensor.count for tensor in headers.values())
-    if headers and wanted > 2 * stored:
-        return [f"config.json describes a model of {wanted:,} elements, the files hold {stored:,}"]
-    return []
-
-
-def _raise_first(problems: list[str]) -> None:
-    """Raise one error that names the first ten problems, if there are any."""
-    if problems:
-        more = f"; {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError("; ".join(problems[:10]) + more)
-
-
-def _name_in(model: Any, stored: str, names: Container[str]) -> str | None:
-    """Return the name that a stored module has in this model: a base model lacks the prefix, a head model has it."""
-    prefix = getattr(model, "base_model_prefix", "")
-    candidates = [stored, stored.removeprefix(f"{prefix}."), f"{prefix}.{stored}"]
-    return next((name for name in candidates if name in names), None)
-
-
-def _take_apart_listed(model: Any, table: Iterable[str]) -> None:
-    """Take the experts apart, on ``meta``, that a module table lists one by one."""
-    modules = dict(model.named_modules())
-    for stored in dict.fromkeys(filter(None, map(fused_name, table))):
-        owner, _, leaf = stored.rpartition(".")
-        name = _name_in(model, owner, modules)
-        module = modules.get(name) if name is not None else None
-        if name is not None and module is not None and leaf in fused_parameters(module) and is_supported(module):
-            take_apart(module, leaf, (), name)
-
-
 def _named_as_in(model: Any, config: LowBitConfig) -> LowBitConfig:
     """Return the config with its tables in the names of this model, under which a save writes the tensors.
 
     A base model lacks the prefix of the model with a head, and the modules outside of it.
     """
     known = {name for name, _ in model.named_modules()}
-    names = {name: _name_in(model, name, known) for name in (*(config.modules or {}), *(config.left_dense or {}))}
+    names = {name: name_in(model, name, known) for name in (*(config.modules or {}), *(config.left_dense or {}))}
     if all(names[name] == name for name in config.modules or {}):
         return config
     modules = {own: row for name, row in (config.modules or {}).items() if (own := names[name]) is not None}
     dense = {names[name] or name: reason for name, reason in (config.left_dense or {}).items()}
     return dataclasses.replace(config, modules=modules, left_dense=dense)
-
-
-def _belongs_to_other_part(model: Any, stored: str) -> bool:
-    """Return whether a stored module lies outside the part that is being loaded (a head that a base model lacks)."""
-    prefix = getattr(model, "base_model_prefix", "")
-    is_base = getattr(model, "base_model", None) is model
-    return is_base and not stored.startswith(f"{prefix}.")
-
-
-def _empty_layer(name: str, row: Any, dense: nn.Module, headers: dict[str, TensorHeader]) -> PackedLinear:
-    """Return the packed layer of a row in the module table, on ``meta``.
-
-    Files that are not safetensors have no headers here; transformers then compares the shapes.
-
-    Raises:
-        ValueError: the row, the model's layer and the files' headers disagree.
-    """
-    format_type, spec = packed_layer_spec(name, row)
-    rows, columns = features(dense)
-    if (spec.out_features, spec.in_features) != (rows, columns):
-        raise ValueError(
-            f"{name}: stored as {spec.out_features} x {spec.in_features}, the model's layer is {rows} x {columns}"
-        )
-    _, problems = compare(name, format_type, spec, headers) if headers else (set(), [])
-    if problems:
-        raise ValueError("; ".join(problems))
-    return PackedLinear.empty_like(dense, format_type, spec)
-
-
-def _validated(name: str, layer: PackedLinear, source: CheckpointSource | None) -> None:
-    """Check all values of a layer; one that stays on disk is read for that, since nothing looks at it later."""
-    packed = layer.packed
-    if source is not None and any(parameter.device.type == "meta" for _, parameter in layer.packed_tensors()):
-        shapes = packed.shapes(packed.spec)
-        state = {part: source.read(f"{name}.weight_{part}", dtype) for part, (_, dtype) in shapes.items()}
-        packed = layer.format_type.from_state(state, layer.spec)
-    try:
-        packed.validate(name)
-    except ValueError as error:
-        raise CheckpointError(f"damaged checkpoint: {error}") from error
-    for _, parameter in layer.packed_tensors():
-        parameter.requires_grad_(False)
-    layer.weight.requires_grad_(False)
 
 
 def _refuse_unloaded(model: Any) -> None:
@@ -380,23 +254,7 @@ def register() -> None:
 
 
 def quantize(model: Any, config: LowBitConfig) -> RunReport:
-    """Compress a transformers model that is already in memory, in place.
-
-    Args:
-        model: a dense ``PreTrainedModel``.
-        config: a method's config or a recipe.
-
-    Returns:
-        The report of the run; the model can be saved with ``save_pretrained`` afterwards.
-
-    Raises:
-        TypeError: ``config`` is no config of this package.
-        ValueError: the model is quantized already; and all that :func:`compress_model` raises.
-    """
-    if not isinstance(config, LowBitConfig):
-        raise TypeError(f"config must be a config of hf_lowbit, such as ARBConfig, got {type(config).__name__}")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(f"{type(model).__name__} is quantized already; load the dense checkpoint instead")
+    """Compress a transformers model that is already in memory, in place; see :func:`hf_lowbit.quantize`."""
     finished, report = compress_model(model, config, _tokenizer_for(config, model))
     model.hf_quantizer = LowBitHfQuantizer(finished, pre_quantized=True)
     model.hf_quantizer.report = report
