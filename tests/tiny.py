@@ -85,12 +85,29 @@ def tiny_llava() -> PreTrainedModel:
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
+_ENCODER_DECODER = {
+    "d_model": 64,
+    "d_ff": 96,
+    "d_kv": 16,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": VOCABULARY,
+    "decoder_start_token_id": 0,
+}
+
+
 def tiny_t5(**changes: Any) -> PreTrainedModel:
     """Return a tiny encoder-decoder."""
-    arguments = {"d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY}
-    config = transformers.T5Config(**{**arguments, "decoder_start_token_id": 0, **changes})
+    config = transformers.T5Config(**{**_ENCODER_DECODER, **changes})
     torch.manual_seed(0)
     return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def tiny_umt5(**changes: Any) -> PreTrainedModel:
+    """Return a tiny encoder-decoder with position biases in every block, as video pipelines use for their prompts."""
+    config = transformers.UMT5Config(**{**_ENCODER_DECODER, "tie_word_embeddings": False, **changes})
+    torch.manual_seed(0)
+    return transformers.UMT5ForConditionalGeneration(config).eval()
 
 
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")

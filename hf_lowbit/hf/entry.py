@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 from typing import Any
 
@@ -24,6 +26,14 @@ def register() -> None:
         from hf_lowbit.hf import diffusers as of_diffusers
 
         of_diffusers.register()
+
+
+def known_to_diffusers() -> bool | None:
+    """Return whether diffusers knows the package once its quantizers are loaded, which this does; None without it."""
+    if importlib.util.find_spec("diffusers") is None:
+        return None
+    table = importlib.import_module(_TABLE_OF_DIFFUSERS)
+    return of_transformers.NAME in table.AUTO_QUANTIZER_MAPPING
 
 
 def quantize(model: Any, config: LowBitConfig) -> RunReport:

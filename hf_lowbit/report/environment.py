@@ -164,17 +164,19 @@ def devices() -> list[dict[str, Any]]:
 
 
 def _integration() -> dict[str, Any]:
-    """Return whether transformers knows this package, here and in programs that do not import it."""
+    """Return whether both libraries know this package, here and in programs that do not import it."""
     import torch
     import transformers.modeling_utils  # noqa: F401  the package registers when this has been loaded
 
     from hf_lowbit.hf import transformers as integration
+    from hf_lowbit.hf.entry import known_to_diffusers
 
     points = metadata.entry_points(group="torch.backends")
     switch = getattr(torch, "_is_device_backend_autoload_enabled", None)
     return {
         "registered_with_transformers": integration.NAME
         in integration.registry_of_transformers.AUTO_QUANTIZER_MAPPING,
+        "registered_with_diffusers": _or_failure(known_to_diffusers),
         "entry_point_installed": any(point.name == "hf_lowbit" for point in points),
         "autoload_of_hf_lowbit": "on" if _autoload_installs() else "switched off",
         "autoload_of_torch": None if switch is None else "on" if switch() else "switched off",

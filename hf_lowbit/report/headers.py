@@ -20,7 +20,8 @@ from hf_lowbit.compress.headers import TensorHeader, by_module_name, read_header
 from hf_lowbit.config import HfLowbitMethod, parse_json
 from hf_lowbit.errors import CheckpointError
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# What transformers and diffusers call the weights of a model; each reads its own files alone.
+_OF_TRANSFORMERS, _OF_DIFFUSERS = "model", "diffusion_pytorch_model"
 # No separator, no colon, no leading dot: neither another folder, nor another drive, nor a hidden file.
 _WEIGHT_FILE = re.compile(r"[\w-][\w.-]*\.safetensors")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -91,12 +92,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if "config.json" not in files:
         raise CheckpointError(f"{name}: there is no config.json in this folder, so it is not a saved model")
     config = _json_object(folder / "config.json", name)
-    if _INDEX in files and _SINGLE not in files:
-        shards, listed = _shards(folder / _INDEX, name)
-    elif _SINGLE in files:
-        shards, listed = [_SINGLE], {}
+    of_diffusers = "_diffusers_version" in config
+    single = f"{_OF_DIFFUSERS if of_diffusers else _OF_TRANSFORMERS}.safetensors"
+    index = f"{single}.index.json"
+    if index in files and (of_diffusers or single not in files):  # of both, diffusers loads the shards
+        shards, listed = _shards(folder / index, name)
+    elif single in files:
+        shards, listed = [single], {}
     else:
-        raise CheckpointError(f"{name}: holds neither {_SINGLE} nor {_INDEX}; other weight files are not read")
+        raise CheckpointError(f"{name}: holds neither {single} nor {index}; other weight files are not read")
     tensors: dict[str, TensorHeader] = {}
     for shard in shards:
         if shard not in files:
@@ -109,7 +113,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     lost = [key for key, shard in listed.items() if places.get(key) != shard]
     if lost:
         key = lost[0]
-        raise CheckpointError(f"{name}: {_INDEX} places {_printable(key)} in {listed[key]}, which does not hold it")
+        raise CheckpointError(f"{name}: {index} places {_printable(key)} in {listed[key]}, which does not hold it")
     return Checkpoint(name, config, tensors, files)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def test_machine(found: dict[str, Any]) -> None:
 def test_registration(found: dict[str, Any]) -> None:
     assert found["integration"] == {
         "registered_with_transformers": True,
+        "registered_with_diffusers": True if find_spec("diffusers") else None,
         "entry_point_installed": True,
         "autoload_of_hf_lowbit": "on",
         "autoload_of_torch": "on",

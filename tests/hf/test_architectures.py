@@ -12,6 +12,7 @@ from transformers import (
     Conv1D,
     MixtralConfig,
     T5EncoderModel,
+    UMT5EncoderModel,
 )
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
@@ -21,7 +22,7 @@ from hf_lowbit.experts import ExpertWeights
 from hf_lowbit.report.inspect import inspect
 from hf_lowbit.report.verify import verify
 from tests.hf.test_transformers import QUIET, logits, quick
-from tests.tiny import VOCABULARY, WITH_EXPERTS, tiny_llava, tiny_model, tiny_t5, tokens
+from tests.tiny import VOCABULARY, WITH_EXPERTS, tiny_llava, tiny_model, tiny_t5, tiny_umt5, tokens
 
 DATA = pytest.mark.parametrize("calibrated", [True, False], ids=["calibrated", "data-free"])
 
@@ -215,9 +216,11 @@ def seq2seq_logits(model):
 
 
 @DATA
-@pytest.mark.parametrize("gated", [False, True])
-def test_encoder_decoder(calibrated, gated, tmp_path):
-    tiny_t5(feed_forward_proj="gated-gelu" if gated else "relu").save_pretrained(tmp_path / "dense")
+@pytest.mark.parametrize("kind", ["t5", "t5 gated", "umt5"])
+def test_encoder_decoder(calibrated, kind, tmp_path):
+    gated = kind != "t5"
+    tiny = tiny_umt5 if kind == "umt5" else tiny_t5
+    tiny(feed_forward_proj="gated-gelu" if gated else "relu").save_pretrained(tmp_path / "dense")
     config = options(calibrated, run=hf_lowbit.RunOptions(progress=False, batch_size=3))  # 3 and 1: uneven batches
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "dense", quantization_config=config)
     assert len(packed_modules(model)) == 2 * (4 + 8) + 4 * (2 if gated else 1)  # "wo" is one that T5 keeps in float32
@@ -228,6 +231,10 @@ def test_encoder_decoder(calibrated, gated, tmp_path):
     assert seq2seq_logits(loaded).equal(seq2seq_logits(model))
     written = [m.generate(tokens(2, 8), max_new_tokens=5, do_sample=False) for m in (model, loaded)]
     assert torch.equal(*written)
+    loaded.save_pretrained(tmp_path / "again")  # after use
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again")
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
     if calibrated:
         rows = model.hf_quantizer.report.rows
         assert {row["calibration_tokens"] for row in rows} == {tokens().numel()}
@@ -262,12 +269,13 @@ def test_encoder_decoder_block_by_block_equals_hooks_on_the_whole_model():
     assert torch.allclose(seq2seq_logits(model), seq2seq_logits(by_hand), rtol=1e-4, atol=1e-5)
 
 
-def test_encoder_alone(tmp_path):
-    tiny_t5().save_pretrained(tmp_path / "dense")
-    model = T5EncoderModel.from_pretrained(tmp_path / "dense", quantization_config=quick())
+@pytest.mark.parametrize(("tiny", "encoder"), [(tiny_t5, T5EncoderModel), (tiny_umt5, UMT5EncoderModel)])
+def test_encoder_alone(tiny, encoder, tmp_path):
+    tiny(feed_forward_proj="relu").save_pretrained(tmp_path / "dense")
+    model = encoder.from_pretrained(tmp_path / "dense", quantization_config=quick())
     assert len(packed_modules(model)) == 2 * 5
-    model.save_pretrained(tmp_path / "packed")
-    loaded = T5EncoderModel.from_pretrained(tmp_path / "packed")
+    model.save_pretrained(tmp_path / "packed", max_shard_size="20KB")
+    loaded = encoder.from_pretrained(tmp_path / "packed")
     with torch.no_grad():
         assert torch.equal(model(tokens()).last_hidden_state, loaded(tokens()).last_hidden_state)
 

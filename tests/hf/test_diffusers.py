@@ -1,0 +1,669 @@
+"""diffusers' life cycle: compress while loading, save, shard, load packed, pipelines, offloading, refusals, damage."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+import hf_lowbit
+from hf_lowbit import CheckpointError, LowBitConfig, LowBitRecipe, PackedLinear, RunOptions, packed_modules
+from hf_lowbit.compress.checksums import metadata_of
+from hf_lowbit.hf.save import save_model
+from hf_lowbit.report.inspect import inspect
+from hf_lowbit.report.verify import verify
+from tests.hf.test_transformers import edit_config, quick
+
+diffusers = pytest.importorskip("diffusers")
+from diffusers import LTXVideoTransformer3DModel as Video  # noqa: E402
+from diffusers import PipelineQuantizationConfig  # noqa: E402
+
+FILE = "diffusion_pytorch_model.safetensors"
+FIRST = "transformer_blocks.0.attn1.to_q"
+SIZES = {
+    "in_channels": 8, "out_channels": 8, "num_attention_heads": 4, "attention_head_dim": 8, "cross_attention_dim": 32,
+    "num_layers": 1, "caption_channels": 32,
+}  # fmt: skip
+WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "runs"]
+ON_CPU = ["proj_in", "time_embed", "caption_projection", "rope", "norm_out", "proj_out", "scale_shift_table"]
+DISK = {**dict.fromkeys(ON_CPU, "cpu"), "transformer_blocks": "disk"}
+
+
+def free(**changes):
+    """Config of a run without data."""
+    return quick(**{"calibration": None, "scale_dtype": "float32", "run": RunOptions(progress=False), **changes})
+
+
+def tiny_video(**changes):
+    torch.manual_seed(0)
+    return Video(**{**SIZES, **changes}).eval()
+
+
+def tiny_pipeline(dtype=torch.float32):
+    """An LTX pipeline whose parts are built from configs."""
+    transformer = tiny_video().to(dtype)
+    encoder = T5EncoderModel(T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=1, num_heads=4, vocab_size=32)).to(dtype)
+    blocks, switches = (8, 8, 8, 8), (True, True, False, False)
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=blocks, decoder_block_out_channels=blocks, layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=switches, decoder_spatio_temporal_scaling=switches,
+        decoder_inject_noise=(False,) * 5, upsample_residual=(False,) * 4, upsample_factor=(1,) * 4, patch_size=1,
+    )  # fmt: skip
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.LTXPipeline(scheduler, vae, encoder, tokenizer, transformer)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """Folders of a tiny pipeline, dense and with two packed parts; tests must not write to them."""
+    folder = tmp_path_factory.mktemp("diffusers")
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(folder / "dense")
+    for part in (pipeline.transformer, pipeline.text_encoder):
+        hf_lowbit.quantize(part, free())
+    pipeline.save_pretrained(folder / "packed")
+    return folder
+
+
+@pytest.fixture
+def dense_path(paths):
+    return paths / "dense" / "transformer"
+
+
+@pytest.fixture
+def packed_path(paths):
+    return paths / "packed" / "transformer"
+
+
+@pytest.fixture
+def packed(packed_path):
+    return Video.from_pretrained(packed_path)
+
+
+@pytest.fixture
+def copied(packed_path, tmp_path):
+    shutil.copytree(packed_path, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def outputs(model):
+    """Run a video model once; gradients are left to the caller."""
+    generator = torch.Generator().manual_seed(3)
+    return model(
+        hidden_states=torch.randn(2, 12, SIZES["in_channels"], generator=generator).to(model.dtype),
+        encoder_hidden_states=torch.randn(2, 5, 32, generator=generator).to(model.dtype),
+        timestep=torch.tensor([300, 700]),
+        encoder_attention_mask=torch.ones(2, 5),
+        num_frames=3, height=2, width=2, return_dict=False,
+    )[0]  # fmt: skip
+
+
+def latents(pipeline):
+    """Make a video of two steps, up to the latents."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt="a cat runs", height=32, width=32, num_frames=9, num_inference_steps=2, max_sequence_length=8,
+        output_type="latent", generator=torch.Generator().manual_seed(1),
+    ).frames  # fmt: skip
+
+
+def stored_tensors(model):
+    return {name: tensor for name, tensor in model.state_dict().items() if ".weight_" in name}
+
+
+def assert_same(found, expected):
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype, name
+        assert torch.equal(tensor, found[name]), name
+
+
+def python(code, **environment):
+    """Run code in a process of its own."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+# Compress, save, load --------------------------------------------------------------------------------------------
+
+
+def test_compress_save_shard_load(dense_path, packed_path, tmp_path):
+    model = Video.from_pretrained(dense_path, quantization_config=free())
+    report = model.hf_quantizer.report
+    assert len(packed_modules(model)) == len(report.rows) == 17
+    assert not any(type(module) is nn.Linear for module in model.modules())
+    assert_same(model.state_dict(), Video.from_pretrained(packed_path).state_dict())  # as compressed in memory
+    model.save_pretrained(tmp_path / "packed", max_shard_size="10KB")
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 2
+    loaded = Video.from_pretrained(tmp_path / "packed")
+    assert_same(loaded.state_dict(), model.state_dict())
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert not any(parameter.requires_grad for m in packed_modules(loaded).values() for parameter in m.parameters())
+    loaded.save_pretrained(tmp_path / "packed", max_shard_size="10KB")  # after use, into its own folder
+    again = Video.from_pretrained(tmp_path / "packed")
+    assert torch.equal(outputs(again), outputs(model))
+    assert again.config["quantization_config"] == loaded.hf_quantizer.quantization_config
+    assert set(again.hf_quantizer.quantization_config.modules) == set(packed_modules(model))
+
+
+def test_result_is_that_of_the_dense_weights_it_stands_for(packed):
+    dense = tiny_video()
+    for name, layer in packed_modules(packed).items():
+        dense.get_submodule(name).weight.data = layer.packed.unpack()
+    # float32 sums in another order, over one block
+    torch.testing.assert_close(outputs(packed), outputs(dense), rtol=1e-4, atol=1e-5)
+
+
+def test_config_as_dict_and_as_object(dense_path, packed, tmp_path):
+    config = free()
+    twin = copy.deepcopy(config)
+    for given in (config, config.to_dict(), config):
+        model = Video.from_pretrained(dense_path, quantization_config=given)
+        assert_same(stored_tensors(model), stored_tensors(packed))
+    assert config == twin
+    Video.from_pretrained(dense_path, quantization_config=config.to_dict()).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert stored["modules"].keys() == packed_modules(packed).keys()
+    assert stored["format_version"] == 1
+
+
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
+def test_scales_keep_their_dtype(dense_path, scale_dtype, tmp_path):
+    stored = getattr(torch, scale_dtype)
+    config = free(scale_dtype=scale_dtype)
+    for source in (torch.float32, torch.bfloat16):
+        model = Video.from_pretrained(dense_path, quantization_config=config, dtype=source)
+        before = stored_tensors(model)
+        assert {tensor.dtype for name, tensor in before.items() if "scale" in name} == {stored}
+        model.save_pretrained(tmp_path / str(source))
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, None):
+            loaded = Video.from_pretrained(tmp_path / str(source), dtype=dtype)
+            assert_same(stored_tensors(loaded), before)
+            assert loaded.dtype == outputs(loaded).dtype == (dtype or source)
+            assert loaded.bfloat16().dtype == torch.bfloat16  # which diffusers lets pass, unlike .to() and .half()
+            assert_same(stored_tensors(loaded), before)
+
+
+def test_modules_that_a_model_keeps_in_float32_stay_so(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "freq_dim": 32, "ffn_dim": 32}
+    dense = diffusers.WanTransformer3DModel(in_channels=4, out_channels=4, num_layers=1, **sizes)
+    dense.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    load = diffusers.WanTransformer3DModel.from_pretrained
+    model = load(tmp_path / "dense", quantization_config=free(), dtype=torch.bfloat16)
+    left = model.hf_quantizer.report.dense
+    assert left["condition_embedder.time_embedder.linear_1"] == "kept in float32 by the model"
+    assert left["patch_embedding"] == "layers of type Conv3d are not supported"
+    model.save_pretrained(tmp_path / "packed")
+    for dtype in (torch.bfloat16, None):
+        loaded = load(tmp_path / "packed", dtype=dtype)
+        assert loaded.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
+        assert loaded.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+        assert_same(loaded.state_dict(), model.state_dict())
+
+
+def test_recipe_and_skips(dense_path, tmp_path):
+    recipe = LowBitRecipe({"*.ff": free(variant="rtn"), "*": free()}, skip=["proj_out", "time_embed"])
+    model = Video.from_pretrained(dense_path, quantization_config=recipe)
+    assert type(model.proj_out) is nn.Linear
+    assert isinstance(model.proj_in, PackedLinear)
+    model.save_pretrained(tmp_path)
+    loaded = Video.from_pretrained(tmp_path)
+    assert type(loaded.time_embed.linear) is nn.Linear
+    assert torch.equal(outputs(loaded), outputs(model))
+    with pytest.raises(ValueError, match="skip 'proj_oot': no module of LTXVideoTransformer3DModel matches"):
+        Video.from_pretrained(dense_path, quantization_config=free(skip=["proj_oot"]))
+
+
+def test_saved_at_once_with_report(dense_path, tmp_path):
+    model = Video.from_pretrained(dense_path, quantization_config=free())
+    save_model(model, tmp_path / "packed", rows=model.hf_quantizer.report.rows)
+    assert {"SHA256SUMS", "compression_report.jsonl", "config.json", FILE} == set(os.listdir(tmp_path / "packed"))
+    assert torch.equal(outputs(Video.from_pretrained(tmp_path / "packed")), outputs(model))
+
+
+def test_variant_and_parallel_loading(packed, tmp_path, monkeypatch):
+    packed.save_pretrained(tmp_path, variant="lowbit", max_shard_size="10KB")
+    monkeypatch.setattr("diffusers.models.modeling_utils.HF_ENABLE_PARALLEL_LOADING", True)
+    assert_same(Video.from_pretrained(tmp_path, variant="lowbit").state_dict(), packed.state_dict())
+
+
+def test_parallel_loading_of_what_is_compressed(dense_path, packed, tmp_path, monkeypatch):
+    """Weights come one after the other all the same."""
+    Video.from_pretrained(dense_path).save_pretrained(tmp_path, max_shard_size="10KB")
+    monkeypatch.setattr("diffusers.models.modeling_utils.HF_ENABLE_PARALLEL_LOADING", True)
+    model = Video.from_pretrained(tmp_path, quantization_config=free())
+    assert_same(model.state_dict(), packed.state_dict())
+
+
+def test_inspect_and_verify_know_the_folder(packed, copied, tmp_path):
+    packed.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    for folder in (copied, tmp_path / "shards"):
+        assert len(inspect(folder).modules) == 17
+        assert verify(folder).problems == ()
+    rewrite(copied, lambda t: t[f"{FIRST}.weight_row_scale"].fill_(float("nan")))
+    assert any(f"{FIRST}: row_scale holds NaN" in problem for problem in verify(copied).problems)
+
+
+def test_whole_model_compiles_into_one_graph(packed):
+    torch._dynamo.reset()
+    assert packed.hf_quantizer.is_compileable
+    expected = outputs(packed)
+    packed.compile(fullgraph=True, backend="eager")
+    # the same ops in the same order, unless the compiler moves a product out of a sum
+    torch.testing.assert_close(outputs(packed), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_copy_is_saved_under_its_own_config(packed, tmp_path):
+    twin = copy.deepcopy(packed)
+    twin.register_to_config(norm_eps=1e-5)
+    for model in (twin, packed):
+        model.save_pretrained(tmp_path)
+        loaded = Video.from_pretrained(tmp_path)
+        assert_same(loaded.state_dict(), packed.state_dict())
+        assert loaded.config.norm_eps == model.config.norm_eps
+
+
+def test_dequantized_model_is_dense_and_saved_so(packed, tmp_path):
+    expected = outputs(packed)
+    assert packed.dequantize() is packed
+    assert not packed_modules(packed)
+    # float32 sums in another order, over one block
+    torch.testing.assert_close(outputs(packed), expected, rtol=1e-4, atol=1e-5)
+    expected = outputs(packed)
+    assert not getattr(packed, "hf_quantizer", None)
+    assert "quantization_config" not in packed.config
+    packed.to(torch.float64).to(torch.float32).save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    loaded = Video.from_pretrained(tmp_path)
+    assert torch.equal(outputs(loaded), expected)
+    assert all(type(module) is not PackedLinear for module in loaded.modules())
+    hf_lowbit.quantize(packed, free())
+
+
+# Pipelines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["mapping", "backend"])
+def test_pipeline(paths, way, tmp_path):
+    if way == "mapping":
+        config = PipelineQuantizationConfig(quant_mapping={"transformer": free(), "text_encoder": free()})
+    else:
+        options = {"method": "arb", **{name: getattr(free(), name) for name in type(free()).options()}}
+        options = {**options, "calibration": None, "run": RunOptions(progress=False)}
+        parts = ["transformer", "text_encoder"]
+        config = PipelineQuantizationConfig("hf_lowbit", options, components_to_quantize=parts)
+    pipeline = diffusers.LTXPipeline.from_pretrained(paths / "dense", quantization_config=config)
+    assert len(packed_modules(pipeline.transformer)) == 17
+    assert len(packed_modules(pipeline.text_encoder)) == 5  # "wo" is one that T5 keeps in float32
+    expected = latents(pipeline)
+    assert torch.isfinite(expected).all()
+    pipeline.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    assert torch.equal(latents(diffusers.LTXPipeline.from_pretrained(tmp_path)), expected)
+    assert torch.equal(latents(diffusers.DiffusionPipeline.from_pretrained(paths / "packed")), expected)
+
+
+def test_pipeline_without_a_dtype_is_loaded_as_it_was_stored(tmp_path):
+    """transformers loads the text encoder in the stored dtype; diffusers alone would take float32 for the rest."""
+    tiny_pipeline(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    config = PipelineQuantizationConfig(quant_mapping={"transformer": free(skip=["proj_out"])})
+    pipeline = diffusers.LTXPipeline.from_pretrained(tmp_path / "dense", quantization_config=config)
+    for folder in ("first", "second"):
+        assert pipeline.transformer.dtype == pipeline.text_encoder.dtype == torch.bfloat16
+        assert pipeline.transformer.proj_out.weight.dtype == torch.bfloat16
+        expected = latents(pipeline)
+        pipeline.save_pretrained(tmp_path / folder)
+        pipeline = diffusers.LTXPipeline.from_pretrained(tmp_path / folder)
+        assert torch.equal(latents(pipeline), expected)
+
+
+def test_modular_pipeline(paths):
+    pipeline = diffusers.ModularPipeline.from_pretrained(str(paths / "dense"))
+    pipeline.load_components(names=["transformer"], quantization_config={"transformer": free()})
+    assert_same(
+        pipeline.transformer.state_dict(), Video.from_pretrained(paths / "packed" / "transformer").state_dict()
+    )
+    pipeline = diffusers.ModularPipeline.from_pretrained(str(paths / "packed"))
+    pipeline.load_components(names=["transformer", "text_encoder"])
+    assert len(packed_modules(pipeline.transformer)) == 17
+    assert len(packed_modules(pipeline.text_encoder)) == 5
+
+
+def test_backend_by_name_needs_the_name_of_a_method():
+    assert LowBitConfig(method="arb", calibration=None) == hf_lowbit.ARBConfig(calibration=None)
+    with pytest.raises(TypeError, match="name the method: method='arb'"):
+        LowBitConfig(calibration=None)
+    with pytest.raises(ValueError, match="unknown method 'nonsense'; known: arb"):
+        LowBitConfig(method="nonsense")
+
+
+# Places ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["leaf_level", "block_level", "to disk"])
+def test_group_offload(packed, how, tmp_path):
+    expected = outputs(packed)
+    options = {"offload_type": "block_level", "num_blocks_per_group": 1, "offload_to_disk_path": str(tmp_path)}
+    if how != "to disk":
+        options = {"offload_type": how, "num_blocks_per_group": 1}
+    packed.enable_group_offload(torch.device("cpu"), torch.device("cpu"), **options)
+    for _ in range(2):
+        assert torch.equal(outputs(packed), expected)
+
+
+def test_layerwise_casting_leaves_packed_layers(dense_path):
+    model = Video.from_pretrained(dense_path, quantization_config=free(skip=["time_embed"]))
+    before = {name: tensor.clone() for name, tensor in stored_tensors(model).items()}
+    expected = outputs(model)
+    assert Video._skip_layerwise_casting_patterns == ["norm"]
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert model.time_embed.linear.weight.dtype == torch.float8_e4m3fn
+    assert_same(stored_tensors(model), before)
+    found = outputs(model)
+    assert torch.isfinite(found).all()
+    # only three dense layers in eight bits differ: 2^-4 of their values at most
+    assert float((found - expected).square().sum() / expected.square().sum()) < 0.01
+
+
+def test_packed_model_on_disk(packed, packed_path, tmp_path):
+    expected = outputs(packed)
+    loaded = Video.from_pretrained(packed_path, device_map=DISK, offload_folder=str(tmp_path))
+    assert loaded.get_submodule(FIRST).weight_sign.device.type == "meta"
+    assert torch.equal(outputs(loaded), expected)
+    assert torch.equal(outputs(loaded), expected)
+    with pytest.raises(ValueError, match="is offloaded to disk; load the model without offloading"):
+        loaded.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="packed layers are offloaded, first transformer_blocks"):
+        loaded.dequantize()
+
+
+def test_disk_and_dtype_that_would_round_scales_is_refused(packed_path, tmp_path):
+    options = {"device_map": DISK, "offload_folder": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"dtype=torch.bfloat16 would round scales stored as torch.float32"):
+        Video.from_pretrained(packed_path, dtype=torch.bfloat16, **options)
+    Video.from_pretrained(packed_path, dtype=torch.float32, **options)
+
+
+def test_compressing_with_disk_offload_is_refused_before_work(dense_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_lowbit.hf.diffusers.Run", None)
+    with pytest.raises(ValueError, match="compressing while loading cannot be combined with disk offload"):
+        Video.from_pretrained(dense_path, quantization_config=free(), device_map=DISK, offload_folder=str(tmp_path))
+
+
+def test_sizes_for_an_automatic_map(dense_path):
+    """Half a byte for each weight that is to be compressed."""
+    from accelerate.utils import CustomDtype, compute_module_sizes
+
+    quantizer = Video.from_pretrained(dense_path, quantization_config=free()).hf_quantizer
+    assert quantizer.get_special_dtypes_update(tiny_video(), torch.bfloat16) == {}
+    model = tiny_video().to("meta")
+    quantizer = type(quantizer)(free(), pre_quantized=False)
+    quantizer.preprocess_model(model)
+    special = quantizer.get_special_dtypes_update(model, torch.bfloat16)
+    assert set(special.values()) == {CustomDtype.INT4}
+    assert len(special) == 17
+    full, small = (compute_module_sizes(model, torch.float32, special_dtypes=d)[""] for d in ({}, special))
+    weights = sum(model.get_parameter(name).numel() for name in special)
+    assert full - small == weights * 3.5
+
+
+@pytest.mark.parametrize("folder", ["packed", "dense"])
+def test_tensor_parallelism_is_refused_by_diffusers(paths, folder, monkeypatch):
+    monkeypatch.setattr(Video, "_tp_plan", {"proj_in": "colwise"})
+    given = {} if folder == "packed" else {"quantization_config": free()}
+    parallel = diffusers.TensorParallelConfig(tp_degree=2)
+    with pytest.raises(ValueError, match="cannot be combined with a tensor-parallel"):
+        Video.from_pretrained(paths / folder / "transformer", parallel_config=parallel, **given)
+
+
+# Single files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_dense_single_file(dense_path, packed, dtype, tmp_path):
+    options = {"config": str(dense_path), "quantization_config": free(), "dtype": dtype}
+    model = Video.from_single_file(str(dense_path / FILE), **options)
+    assert model.dtype == (dtype or torch.float32)
+    assert len(packed_modules(model)) == 17
+    if dtype is None:
+        assert_same(model.state_dict(), packed.state_dict())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(Video.from_pretrained(tmp_path)), outputs(model))
+
+
+def test_packed_single_file_is_refused(packed, packed_path):
+    for config in (free(), packed.hf_quantizer.quantization_config):
+        with pytest.raises(ValueError, match="from_single_file reads dense files, this one is packed"):
+            Video.from_single_file(str(packed_path / FILE), config=str(packed_path), quantization_config=config)
+
+
+# Adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_lora(packed, packed_path, tmp_path):
+    peft = pytest.importorskip("peft")
+    expected = outputs(packed)
+    packed.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    adapted = outputs(packed)
+    assert not torch.equal(adapted, expected)
+    trainable = {name for name, parameter in packed.named_parameters() if parameter.requires_grad}
+    assert {name for name in trainable if "lora" in name}
+    assert not any(".weight_" in name or name.endswith("base_layer.weight") for name in trainable)
+    adapted.square().sum().backward()
+    assert all(parameter.grad is not None for name, parameter in packed.named_parameters() if "lora" in name)
+    assert all(parameter.grad is None for name, parameter in packed.named_parameters() if ".weight_" in name)
+    with pytest.raises(ValueError, match=r"holds adapters .*save them with save_lora_weights"):
+        packed.save_pretrained(tmp_path / "model")
+    # save_lora_adapter() of the model refuses every quantized one: it calls .to(dtype=None)
+    layers = peft.utils.get_peft_model_state_dict(packed)
+    diffusers.LTXPipeline.save_lora_weights(tmp_path / "adapter", transformer_lora_layers=layers)
+    with pytest.raises(ValueError, match="merging into packed weights is impossible"):
+        packed.fuse_lora()
+    fresh = Video.from_pretrained(packed_path)
+    fresh.load_lora_adapter(str(tmp_path / "adapter"), weight_name="pytorch_lora_weights.safetensors")
+    assert torch.equal(outputs(fresh), adapted.detach())
+    fresh.unload_lora()
+    assert torch.equal(outputs(fresh), expected)
+    fresh.save_pretrained(tmp_path / "model")
+    assert torch.equal(outputs(Video.from_pretrained(tmp_path / "model")), expected)
+
+
+# Refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_calibrated_methods_are_refused_before_work(dense_path, tmp_path):
+    shutil.copy(dense_path / "config.json", tmp_path)  # without weights
+    for config in (hf_lowbit.ARBConfig(), quick(), LowBitRecipe({"*.ff": free(), "*": quick()})):
+        with pytest.raises(ValueError, match=r"asks for calibration \(tokens\).*calibration=None"):
+            Video.from_pretrained(tmp_path, quantization_config=config)
+        with pytest.raises(ValueError, match="asks for calibration"):
+            hf_lowbit.quantize(tiny_video(), config)
+    with pytest.raises(ValueError, match="quantized already"):
+        hf_lowbit.quantize(Video.from_pretrained(dense_path, quantization_config=free()), free())
+
+
+def test_dense_weights_that_cannot_be_compressed_are_named(tmp_path):
+    model = tiny_video()
+    model.get_submodule(FIRST).weight.data[0, 0] = float("nan")
+    model.proj_in.weight.data[0, 0] = float("inf")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"proj_in: weight holds NaN or infinity; {FIRST}: weight holds"):
+        Video.from_pretrained(tmp_path, quantization_config=free())
+    with pytest.raises(ValueError, match="weight holds NaN or infinity"):
+        Video.from_single_file(str(tmp_path / FILE), config=str(tmp_path), quantization_config=free())
+
+
+@pytest.mark.parametrize("name", [f"{FIRST}.weight", f"{FIRST}.bias", "scale_shift_table"])
+def test_dense_checkpoint_without_a_tensor(dense_path, name, tmp_path):
+    shutil.copytree(dense_path, tmp_path / "copy")
+    tensors = load_file(tmp_path / "copy" / FILE)
+    del tensors[name]
+    save_file(tensors, tmp_path / "copy" / FILE)
+    with pytest.raises(CheckpointError, match=rf"1 tensors are missing from the checkpoint.*{name}"):
+        Video.from_pretrained(tmp_path / "copy", quantization_config=free())
+
+
+def test_pickled_files_are_neither_written_nor_read(packed, copied):
+    with pytest.raises(ValueError, match="safe_serialization=False is not"):
+        packed.save_pretrained(copied, safe_serialization=False)
+    torch.save(packed.state_dict(), copied / "diffusion_pytorch_model.bin")
+    (copied / FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"packed checkpoints are safetensors files; not opened: \['diffusion"):
+        Video.from_pretrained(copied, use_safetensors=False)
+
+
+# Damage ----------------------------------------------------------------------------------------------------------
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    save_file(tensors, folder / FILE, metadata={"format": "pt", **metadata_of(tensors)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{FIRST}.weight_sign"), rf"{FIRST}\.weight_sign is in none of the weight files"),
+        (lambda t: t.pop(f"{FIRST}.weight"), rf"missing from the checkpoint.*{FIRST}\.weight"),
+        (lambda t: t.pop("proj_out.bias"), r"missing from the checkpoint.*proj_out\.bias"),
+        (lambda t: t.update(surplus=torch.zeros(2)), rf"surplus: is in {FILE}, the model has no such tensor"),
+        (lambda t: t.update({f"{FIRST}.weight_sign": torch.zeros(1)}), rf"weight_sign in {FILE} is F32 \[1\]"),
+        (lambda t: t.update({f"{FIRST}.weight": torch.zeros(32, 32)}), rf"{FIRST}\.weight in {FILE}.*has a stub"),
+        (lambda t: t.update({f"{FIRST}.weight_shift": torch.zeros(32)}), f"{FIRST}.*has no such tensor"),
+        (lambda t: t[f"{FIRST}.weight_row_scale"].fill_(float("nan")), f"{FIRST}: row_scale holds NaN"),
+        (lambda t: t[f"{FIRST}.weight_salient"].fill_(10**6), f"{FIRST}: salient must hold ascending"),
+    ],
+)  # fmt: skip
+def test_damaged_tensors_are_named(copied, change, message):
+    rewrite(copied, change)
+    with pytest.raises(CheckpointError, match=message):
+        Video.from_pretrained(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.pop("modules"), "lists no packed modules"),
+        (lambda q: q["modules"].pop(FIRST), f"{FIRST}: the files hold packed tensors of it"),
+        (lambda q: q["modules"].update({"blocks.9.q": q["modules"][FIRST]}), r"blocks\.9\.q: the model has no linear"),
+        (lambda q: q["modules"][FIRST]["spec"].update(out_features=65), f"{FIRST}: stored as 65 x 32"),
+        (lambda q: q["modules"][FIRST].update(format="other"), "unknown format 'other'"),
+        (lambda q: q.update(surprise=1), "unknown key 'surprise'"),
+        (lambda q: q.update(method="nonsense"), "unknown method 'nonsense'"),
+    ],
+)
+def test_bad_config_is_refused(copied, change, message):
+    edit_config(copied, change)
+    with pytest.raises((ValueError, CheckpointError), match=message):
+        Video.from_pretrained(copied)
+
+
+def test_flipped_bit_is_named_by_tensor_and_file(copied):
+    data = bytearray((copied / FILE).read_bytes())
+    data[-3] ^= 1
+    (copied / FILE).write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf" in {FILE}: does not match its checksum"):
+        Video.from_pretrained(copied)
+
+
+def test_edited_config_is_refused_unless_asked_for(copied):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "norm_eps": 0.1}))
+    with pytest.raises(CheckpointError, match=r"config\.json: is not the one.*with hf_lowbit\.unverified\(\)"):
+        Video.from_pretrained(copied)
+    with hf_lowbit.unverified():
+        model = Video.from_pretrained(copied)
+    assert model.config.norm_eps == 0.1
+    model.save_pretrained(copied)
+    Video.from_pretrained(copied)
+
+
+def test_shards_of_two_models_are_refused(packed, tmp_path):
+    packed.save_pretrained(tmp_path / "one", max_shard_size="10KB")
+    packed.get_submodule(FIRST).weight_row_scale.data.mul_(2)
+    packed.save_pretrained(tmp_path / "two", max_shard_size="10KB")
+    name = "diffusion_pytorch_model-00001-of"
+    shard = next(path for path in (tmp_path / "two").iterdir() if path.name.startswith(name))
+    shutil.copy(shard, tmp_path / "one")
+    with pytest.raises(CheckpointError, match="was not saved together with"):
+        Video.from_pretrained(tmp_path / "one")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_truncated_file_is_named(packed, sharded, tmp_path):
+    packed.save_pretrained(tmp_path, max_shard_size="10KB" if sharded else "10GB")
+    file = sorted(tmp_path.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises((CheckpointError, OSError), match=file.name):
+        Video.from_pretrained(tmp_path)
+
+
+def test_sizes_that_do_not_fit_are_not_passed_over(copied):
+    """``ignore_mismatched_sizes`` leaves tensors out, which would then be empty."""
+    rewrite(copied, lambda t: t.update({"scale_shift_table": torch.zeros(3, 32)}))
+    with pytest.raises((CheckpointError, ValueError), match="scale_shift_table"):
+        Video.from_pretrained(copied, ignore_mismatched_sizes=True)
+
+
+# Registration ----------------------------------------------------------------------------------------------------
+
+
+def test_registration_twice_changes_nothing():
+    from diffusers.quantizers import auto
+
+    before = dict(auto.AUTO_QUANTIZER_MAPPING)
+    hf_lowbit.register()
+    assert auto.AUTO_QUANTIZER_MAPPING == before
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["hf_lowbit"] is LowBitConfig
+
+
+LOAD = """
+from diffusers import LTXPipeline
+pipeline = LTXPipeline.from_pretrained({path!r})
+query = pipeline.text_encoder.encoder.block[0].layer[0].SelfAttention.q
+print(type(pipeline.transformer.proj_in).__name__, type(query).__name__)
+"""
+
+
+def test_pipeline_loads_without_importing_the_package(paths):
+    done = python(LOAD.format(path=str(paths / "packed")))
+    assert done.stdout.split() == ["PackedLinear", "PackedLinear"], done.stderr[-2000:]
+    assert "hf_lowbit could not" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["diffusers.quantizers.auto", "transformers.modeling_utils", "torch", "hf_lowbit"])
+def test_in_whatever_order_things_are_imported(paths, first):
+    switch = {"HF_LOWBIT_AUTOLOAD": "0"} if first == "hf_lowbit" else {}
+    done = python(f"import {first}\n" + LOAD.format(path=str(paths / "packed")), **switch)
+    assert done.stdout.split() == ["PackedLinear", "PackedLinear"], done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_switched_off_fails_loudly(packed_path):
+    code = f"from diffusers import LTXVideoTransformer3DModel as M; M.from_pretrained({str(packed_path)!r})"
+    done = python(code, HF_LOWBIT_AUTOLOAD="0")
+    assert "Unknown quantization type, got hf_lowbit" in done.stderr
+
+
+@pytest.mark.slow
+def test_diffusers_is_not_imported_and_need_not_be_there():
+    code = "import sys; sys.modules['diffusers'] = None\nimport transformers.modeling_utils, hf_lowbit\n"
+    done = python(code + "hf_lowbit.register(); print('registered')")
+    assert done.stdout.split() == ["registered"]
+    assert done.stderr == ""
+    done = python("import sys, hf_lowbit, transformers.modeling_utils; print('diffusers' in sys.modules)")
+    assert done.stdout.split() == ["False"]
