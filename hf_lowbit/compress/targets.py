@@ -122,6 +122,8 @@ def _units(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, ""
             continue
         fused = {} if isinstance(module, nn.Conv1d) else fused_parameters(module)
+        if not is_supported(module):  # a table of positions or shifts has one "expert", and is no layer
+            fused = {leaf: parameter for leaf, parameter in fused.items() if len(parameter) > 1}
         if fused and is_supported(module):
             for parameter, weights in fused.items():
                 yield from ((expert, "") for expert in expert_names(name, parameter, len(weights)))

@@ -78,6 +78,8 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work before the model is built; called again when the places of modules are known."""
+        if not hasattr(DiffusersQuantizer, "maybe_update_loaded_keys"):
+            raise ImportError("hf_lowbit needs a diffusers that names a quantizer its files: 0.42 or newer")
         device_map = kwargs.get("device_map")
         if self.pre_quantized and (kwargs or self.quantization_config.modules is not None):
             check_stored_config(self.quantization_config)
@@ -115,7 +117,7 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             self._files = safetensors_of(self._files)
             headers = build_skeleton(model, self.quantization_config.modules or {}, self._files)
-            raise_first(_left_over(model, headers))
+            raise_first(_differences(model, headers))
             stubs = {f"{name}.weight" for name in packed_modules(model)}
             self._packed = {
                 f"{name}.{leaf}": parameter.dtype
@@ -258,13 +260,16 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
             )
         away = next((name for name, tensor in state_dict.items() if tensor.device.type == "meta"), None)
         if away is not None:
-            raise ValueError(f"{away} is offloaded to disk; load the model without offloading, then save it")
+            raise ValueError(f"{away} is offloaded; load the model without offloading, then save it")
         model = None if self._model is None else self._model()
+        if model is not None:
+            _refuse_groups_on_disk(model)
         if model is None or getattr(model, "hf_quantizer", None) is not self:
             return state_dict, metadata_of(state_dict)
         return state_dict, metadata_of(state_dict, {CONFIG: model.to_json_string()})
 
     def _dequantize(self, model: Any) -> Any:
+        _refuse_groups_on_disk(model)
         dequantize_layers(model)
         del model._skip_layerwise_casting_patterns, model.quantization_method
         config = {name: value for name, value in model.config.items() if name != "quantization_config"}
@@ -309,11 +314,12 @@ def _most_common(tensors: Mapping[str, TensorHeader | Tensor]) -> torch.dtype | 
     return counts.most_common(1)[0][0] if counts else None
 
 
-def _left_over(model: Any, headers: Mapping[str, TensorHeader]) -> list[str]:
-    """Return which tensors of the files the model has no place for, except those that it says it ignores."""
+def _differences(model: Any, headers: Mapping[str, TensorHeader]) -> list[str]:
+    """Return which parameters the files lack, and which tensors the model has no place for and does not ignore."""
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     places = model.state_dict().keys()
-    return [
+    absent = [f"{name} is in none of the weight files" for name, _ in model.named_parameters() if name not in headers]
+    return absent + [
         f"{name}: is in {header.file}, the model has no such tensor"
         for name, header in headers.items()
         if name not in places and not any(re.search(pattern, name) for pattern in ignored)
@@ -322,11 +328,24 @@ def _left_over(model: Any, headers: Mapping[str, TensorHeader]) -> list[str]:
 
 def _refuse_unloaded(model: Any) -> None:
     """Refuse a model with parameters that no file has filled, such as by ``ignore_mismatched_sizes``."""
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:  # offloaded ones are on "meta", too
+    places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    if len(places) > 1 or _ON_DISK in places:  # offloaded ones are on "meta", too
         return
     empty = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     if empty:
         raise CheckpointError(f"{len(empty)} tensors were not in the checkpoint, first {empty[0]!r}")
+
+
+def _refuse_groups_on_disk(model: Any) -> None:
+    """Refuse a model whose weights lie in the files of a group offload: its tensors hold whatever was in memory."""
+    for name, module in model.named_modules():
+        hooks = getattr(module, "_diffusers_hook", None)
+        group = getattr(None if hooks is None else hooks.get_hook("group_offloading"), "group", None)
+        if getattr(group, "offload_to_disk_path", None):
+            raise ValueError(
+                f"{name or type(model).__name__}: its weights are offloaded to disk by groups; load the model anew, "
+                "without offloading"
+            )
 
 
 def _put(model: Any, name: str, tensor: Tensor, requires_grad: bool) -> None:
@@ -345,6 +364,7 @@ def register() -> None:
 def quantize(model: Any, config: LowBitConfig) -> RunReport:
     """Compress a diffusers model that is already in memory, in place; see :func:`hf_lowbit.quantize`."""
     _refuse_calibrated(config)
+    _refuse_groups_on_disk(model)
     finished, report = compress_model(model, config)
     model.hf_quantizer = LowBitDiffusersQuantizer(finished, pre_quantized=True)
     model.hf_quantizer.report = report

@@ -7,6 +7,8 @@ import importlib.util
 import sys
 from typing import Any
 
+from torch import nn
+
 from hf_lowbit.compress import RunReport
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.hf import transformers as of_transformers
@@ -47,11 +49,16 @@ def quantize(model: Any, config: LowBitConfig) -> RunReport:
         The report of the run; the model can be saved with ``save_pretrained`` afterwards.
 
     Raises:
-        TypeError: ``config`` is no config of this package.
+        TypeError: ``config`` is no config of this package, or ``model`` no model.
         ValueError: the model is quantized already; and all that :func:`hf_lowbit.compress.compress_model` raises.
     """
     if not isinstance(config, LowBitConfig):
         raise TypeError(f"config must be a config of hf_lowbit, such as ARBConfig, got {type(config).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a model of transformers or diffusers, got {type(model).__name__}; of a pipeline, pass "
+            "one of its models, such as pipeline.transformer"
+        )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{type(model).__name__} is quantized already; load the dense checkpoint instead")
     mixin = getattr(sys.modules.get("diffusers.models.modeling_utils"), "ModelMixin", None)
