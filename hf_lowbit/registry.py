@@ -64,8 +64,8 @@ class Method:
         compress: ``(unit, stats, options) -> Format``; stats is None in a run without data.
         plan: optional look at a whole stack of decoder blocks before the first of them is compressed, in runs with
             data: ``(blocks, options, similarity) -> {block name: number}``. ``similarity()`` runs the dense blocks
-            and returns for each the mean cosine of its input and output; it costs a pass over the data, so it is for
-            the method to call. The numbers are merged into ``layers``, a field that the config must have.
+            and returns by name the mean cosine of each one's input and output; it costs a pass over the data, so it
+            is for the method to call. The numbers are merged into ``layers``, a field that the config must have.
         attach: optional run-time part.
     """
 

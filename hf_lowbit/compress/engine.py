@@ -316,14 +316,14 @@ class Run:
             pairs = zip(batches, wraps, strict=True)
             return [capture.block_calls(self.model, modules, batch, wrap) for batch, wrap in pairs]
 
-        def similarity() -> list[float]:
+        def similarity() -> dict[str, float]:
             nonlocal calls
             if calls is None:
                 with contextlib.closing(self._dense_blocks(stack)) as dense:
                     calls = all_calls(next(dense))
             with contextlib.closing(self._dense_blocks(stack)) as dense:
                 sums = [self.team.total(part) for part in cosine_sums(dense, hidden, calls)]
-            return [float(total / count) for total, count in sums]
+            return {prefix: float(total / count) for prefix, (total, count) in zip(stack, sums, strict=True)}
 
         plan_stack(self, stack, similarity)
         for i, (prefix, block) in enumerate(stack.items()):

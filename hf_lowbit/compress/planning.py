@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Plan = dict[str, dict[str, Any]]
 
 
-def plan_stack(run: Run, stack: Mapping[str, nn.Module], similarity: Callable[[], list[float]]) -> None:
+def plan_stack(run: Run, stack: Mapping[str, nn.Module], similarity: Callable[[], dict[str, float]]) -> None:
     """Let the methods of a run decide on the blocks of a stack, and put what they decide into the run's configs.
 
     Args:

@@ -411,7 +411,11 @@ def test_a_budget_that_cannot_be_met(limits):
 def plan_of(config, cosines=(0.1, 0.9, 0.99), known=3):
     blocks = [registry.BlockUnit(f"layers.{i}", 10) for i in range(known)]
     asked = []
-    numbers = registry.get("pbs2p").plan(blocks, config, lambda: asked.append(1) or list(cosines))
+    numbers = registry.get("pbs2p").plan(
+        blocks,
+        config,
+        lambda: asked.append(1) or dict(zip(("layers.0", "layers.1", "layers.2"), cosines, strict=True)),
+    )
     return numbers, len(asked)
 
 

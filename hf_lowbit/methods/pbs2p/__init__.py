@@ -19,7 +19,7 @@ def _compress(unit: LinearUnit, stats: Any, options: PBS2PConfig) -> BinaryForma
     return quantize(unit.weight, moment, options, unit.name, unit.trace)
 
 
-def _plan(blocks: list[BlockUnit], options: PBS2PConfig, similarity: Callable[[], list[float]]) -> dict[str, int]:
+def _plan(blocks: list[BlockUnit], options: PBS2PConfig, similarity: Callable[[], dict[str, float]]) -> dict[str, int]:
     """Return N of every block; nothing where the same N holds for all, or the config gives them."""
     known = options.layers or {}
     missing = [block.name for block in blocks if block.name not in known]
@@ -29,7 +29,8 @@ def _plan(blocks: list[BlockUnit], options: PBS2PConfig, similarity: Callable[[]
         raise ValueError(f"layers gives N for some blocks only; it lacks {', '.join(missing[:10])}")
     if options.importance == "uniform" or options.limits == (options.n, options.n):
         return dict.fromkeys(missing, options.n) if known else {}
-    importance = importance_of(similarity(), options.importance)
+    cosines = similarity()
+    importance = importance_of([cosines[name] for name in missing], options.importance)
     counts = counts_within_budget(importance, [block.weights for block in blocks], options.n, options.limits)
     return dict(zip(missing, counts, strict=True))
 
