@@ -35,7 +35,7 @@ from hf_lowbit.compress import Intake, Run, RunReport, compress_model
 from hf_lowbit.compress.checksums import CONFIG, metadata_of
 from hf_lowbit.compress.headers import DTYPES, TensorHeader, packed_leaves, read_headers
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig
-from hf_lowbit.errors import CheckpointError
+from hf_lowbit.errors import CheckpointError, UnsupportedModelError
 from hf_lowbit.hf.packed import (
     build_skeleton,
     check_stored_config,
@@ -51,6 +51,7 @@ from hf_lowbit.layers import packed_modules
 NAME = HfLowbitMethod.HF_LOWBIT.value
 _WITHOUT_CHECKSUMS = "a block `with hf_lowbit.unverified():`"
 _ON_DISK = "disk"
+_COMPUTED_IN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class LowBitDiffusersQuantizer(DiffusersQuantizer):
@@ -91,7 +92,15 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
             raise ValueError("hf_lowbit: compressing while loading cannot be combined with disk offload")
 
     def update_torch_dtype(self, torch_dtype: Any) -> Any:
-        """Remember the dtype to load in; None is settled when the files are known."""
+        """Remember the dtype to load in; None is settled when the files are known.
+
+        Raises:
+            ValueError: nothing is computed in it.
+        """
+        if isinstance(torch_dtype, torch.dtype) and torch_dtype not in _COMPUTED_IN:
+            raise ValueError(
+                f"hf_lowbit: dtype must be one to compute in, {', '.join(map(str, _COMPUTED_IN))}, got {torch_dtype}"
+            )
         self._dtype = torch_dtype
         return torch_dtype
 
@@ -134,12 +143,17 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
         elif source is not None:
             headers = {name: header for file in source.files for name, header in read_headers(file).items()}
             self._settle_dtype(model, _most_common(headers), fp32)
-        self._intake = Intake(Run(model, self.quantization_config, source))
+        try:
+            self._intake = Intake(Run(model, self.quantization_config, source))
+        except UnsupportedModelError as error:  # diffusers offers the config to every model of a pipeline
+            raise UnsupportedModelError(
+                f"{error}; in a pipeline, name what is compressed with components_to_quantize or quant_mapping"
+            ) from error
         return model
 
     def _settle_dtype(self, model: Any, stored: torch.dtype | None, fp32: tuple[str, ...]) -> None:
         """Give an empty model the dtype of its file if no other was asked for; diffusers then loads it in that."""
-        if self._dtype is not None or stored is None:
+        if self._dtype is not None or stored not in _COMPUTED_IN:
             return
         for name, parameter in list(model.named_parameters()):
             wanted = torch.float32 if set(fp32) & set(name.split(".")) else stored
@@ -148,8 +162,8 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """Refuse a checkpoint without some of the model's parameters, which would stay empty."""
-        parameters = dict(model.named_parameters())
-        missing = [name for name in parameters if name in set(missing_keys)]
+        without = set(missing_keys)
+        missing = [name for name, _ in model.named_parameters() if name in without]
         if missing:
             raise CheckpointError(
                 f"{len(missing)} tensors are missing from the checkpoint and would be random, first {missing[0]!r}"

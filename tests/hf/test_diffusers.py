@@ -1,95 +1,58 @@
-"""diffusers' life cycle: compress while loading, save, shard, load packed, pipelines, offloading, refusals, damage."""
+"""diffusers' life cycle: compress while loading, save, shard, load packed, pipelines, offloading, adapters."""
 
 import copy
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import hf_lowbit
-from hf_lowbit import CheckpointError, LowBitConfig, LowBitRecipe, PackedLinear, RunOptions, packed_modules
-from hf_lowbit.compress.checksums import metadata_of
+from hf_lowbit import (
+    LowBitConfig,
+    LowBitRecipe,
+    PackedLinear,
+    UnsupportedModelError,
+    packed_modules,
+)
 from hf_lowbit.hf.save import save_model
 from hf_lowbit.report.inspect import inspect
 from hf_lowbit.report.verify import verify
-from tests.hf.test_transformers import edit_config, quick
+from tests.hf.test_transformers import quick
+from tests.tiny import tokens
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers import LTXVideoTransformer3DModel as Video  # noqa: E402
 from diffusers import PipelineQuantizationConfig  # noqa: E402
 
-FILE = "diffusion_pytorch_model.safetensors"
-FIRST = "transformer_blocks.0.attn1.to_q"
-SIZES = {
-    "in_channels": 8, "out_channels": 8, "num_attention_heads": 4, "attention_head_dim": 8, "cross_attention_dim": 32,
-    "num_layers": 1, "caption_channels": 32,
-}  # fmt: skip
-WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "runs"]
+from tests.video import (  # noqa: E402
+    FILE,
+    FIRST,
+    WORDS,
+    assert_same,
+    free,
+    latents,
+    outputs,
+    rewrite,
+    save_pipelines,
+    stored_tensors,
+    tiny_pipeline,
+    tiny_video,
+    tiny_wan,
+    wan_outputs,
+)
+
 ON_CPU = ["proj_in", "time_embed", "caption_projection", "rope", "norm_out", "proj_out", "scale_shift_table"]
 DISK = {**dict.fromkeys(ON_CPU, "cpu"), "transformer_blocks": "disk"}
-
-
-def free(**changes):
-    """Config of a run without data."""
-    return quick(**{"calibration": None, "scale_dtype": "float32", "run": RunOptions(progress=False), **changes})
-
-
-def tiny_video(**changes):
-    torch.manual_seed(0)
-    return Video(**{**SIZES, **changes}).eval()
-
-
-def tiny_wan():
-    """Another video model, with parts that are kept in float32 and a place for automatic device maps."""
-    torch.manual_seed(0)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "freq_dim": 32, "ffn_dim": 32}
-    return diffusers.WanTransformer3DModel(in_channels=4, out_channels=4, num_layers=1, **sizes).eval()
-
-
-def wan_outputs(model):
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        return model(
-            hidden_states=torch.randn(1, 4, 1, 4, 4, generator=generator),
-            encoder_hidden_states=torch.randn(1, 3, 32, generator=generator),
-            timestep=torch.tensor([500]), return_dict=False,
-        )[0]  # fmt: skip
-
-
-def tiny_pipeline(dtype=torch.float32):
-    """An LTX pipeline whose parts are built from configs."""
-    transformer = tiny_video().to(dtype)
-    encoder = T5EncoderModel(T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=1, num_heads=4, vocab_size=32)).to(dtype)
-    blocks, switches = (8, 8, 8, 8), (True, True, False, False)
-    vae = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=8, block_out_channels=blocks, decoder_block_out_channels=blocks, layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=switches, decoder_spatio_temporal_scaling=switches,
-        decoder_inject_noise=(False,) * 5, upsample_residual=(False,) * 4, upsample_factor=(1,) * 4, patch_size=1,
-    )  # fmt: skip
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return diffusers.LTXPipeline(scheduler, vae, encoder, tokenizer, transformer)
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     """Folders of a tiny pipeline, dense and with two packed parts; tests must not write to them."""
     folder = tmp_path_factory.mktemp("diffusers")
-    pipeline = tiny_pipeline()
-    pipeline.save_pretrained(folder / "dense")
-    for part in (pipeline.transformer, pipeline.text_encoder):
-        hf_lowbit.quantize(part, free())
-    pipeline.save_pretrained(folder / "packed")
+    save_pipelines(folder)
     return folder
 
 
@@ -112,44 +75,6 @@ def packed(packed_path):
 def copied(packed_path, tmp_path):
     shutil.copytree(packed_path, tmp_path / "copy")
     return tmp_path / "copy"
-
-
-def outputs(model):
-    """Run a video model once; gradients are left to the caller."""
-    generator = torch.Generator().manual_seed(3)
-    return model(
-        hidden_states=torch.randn(2, 12, SIZES["in_channels"], generator=generator).to(model.dtype),
-        encoder_hidden_states=torch.randn(2, 5, 32, generator=generator).to(model.dtype),
-        timestep=torch.tensor([300, 700]),
-        encoder_attention_mask=torch.ones(2, 5),
-        num_frames=3, height=2, width=2, return_dict=False,
-    )[0]  # fmt: skip
-
-
-def latents(pipeline):
-    """Make a video of two steps, up to the latents."""
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        prompt="a cat runs", height=32, width=32, num_frames=9, num_inference_steps=2, max_sequence_length=8,
-        output_type="latent", generator=torch.Generator().manual_seed(1),
-    ).frames  # fmt: skip
-
-
-def stored_tensors(model):
-    return {name: tensor for name, tensor in model.state_dict().items() if ".weight_" in name}
-
-
-def assert_same(found, expected):
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        assert tensor.dtype == found[name].dtype, name
-        assert torch.equal(tensor, found[name]), name
-
-
-def python(code, **environment):
-    """Run code in a process of its own."""
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
 
 # Compress, save, load --------------------------------------------------------------------------------------------
@@ -316,7 +241,7 @@ def test_pipeline(paths, way, tmp_path):
         config = PipelineQuantizationConfig(quant_mapping={"transformer": free(), "text_encoder": free()})
     else:
         options = {"method": "arb", **{name: getattr(free(), name) for name in type(free()).options()}}
-        options = {**options, "calibration": None, "run": RunOptions(progress=False)}
+        options = {**options, "calibration": None, "run": free().run}
         parts = ["transformer", "text_encoder"]
         config = PipelineQuantizationConfig("hf_lowbit", options, components_to_quantize=parts)
     pipeline = diffusers.LTXPipeline.from_pretrained(paths / "dense", quantization_config=config)
@@ -354,6 +279,31 @@ def test_modular_pipeline(paths):
     pipeline.load_components(names=["transformer", "text_encoder"])
     assert len(packed_modules(pipeline.transformer)) == 17
     assert len(packed_modules(pipeline.text_encoder)) == 5
+
+
+def test_calibrated_text_encoder(paths, tmp_path):
+    """A text encoder is a model of transformers, for which there is calibration; the other part needs none."""
+    mapping = {"transformer": free(), "text_encoder": quick(calibration=tokens() % len(WORDS))}
+    config = PipelineQuantizationConfig(quant_mapping=mapping)
+    pipeline = diffusers.LTXPipeline.from_pretrained(paths / "dense", quantization_config=config)
+    assert {row["calibration_tokens"] for row in pipeline.text_encoder.hf_quantizer.report.rows} == {tokens().numel()}
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(latents(diffusers.LTXPipeline.from_pretrained(tmp_path)), latents(pipeline))
+
+
+def test_a_model_without_linear_layers_says_how_to_leave_it_out(paths):
+    config = PipelineQuantizationConfig("hf_lowbit", {"method": "arb", "calibration": None})
+    with pytest.raises(UnsupportedModelError, match=r"nothing to compress in Autoencoder.*components_to_quantize"):
+        diffusers.AutoencoderKLLTXVideo.from_pretrained(
+            paths / "dense" / "vae", quantization_config=config._resolve_quant_config(module_name="vae")
+        )
+
+
+@pytest.mark.parametrize("folder", ["packed", "dense"])
+def test_dtype_that_nothing_is_computed_in(paths, folder):
+    given = {} if folder == "packed" else {"quantization_config": free()}
+    with pytest.raises(ValueError, match=r"dtype must be one to compute in, .* got torch\.float8_e4m3fn"):
+        Video.from_pretrained(paths / folder / "transformer", dtype=torch.float8_e4m3fn, **given)
 
 
 def test_backend_by_name_needs_the_name_of_a_method():
@@ -521,237 +471,3 @@ def test_lora(packed, packed_path, tmp_path):
     assert torch.equal(outputs(fresh), expected)
     fresh.save_pretrained(tmp_path / "model")
     assert torch.equal(outputs(Video.from_pretrained(tmp_path / "model")), expected)
-
-
-# Refusals --------------------------------------------------------------------------------------------------------
-
-
-def test_calibrated_methods_are_refused_before_work(dense_path, tmp_path):
-    shutil.copy(dense_path / "config.json", tmp_path)  # without weights
-    for config in (hf_lowbit.ARBConfig(), quick(), LowBitRecipe({"*.ff": free(), "*": quick()})):
-        with pytest.raises(ValueError, match=r"asks for calibration \(tokens\).*calibration=None"):
-            Video.from_pretrained(tmp_path, quantization_config=config)
-        with pytest.raises(ValueError, match="asks for calibration"):
-            hf_lowbit.quantize(tiny_video(), config)
-    with pytest.raises(ValueError, match="quantized already"):
-        hf_lowbit.quantize(Video.from_pretrained(dense_path, quantization_config=free()), free())
-
-
-def test_a_pipeline_is_not_compressed_as_a_whole():
-    with pytest.raises(TypeError, match=r"got LTXPipeline; of a pipeline, pass one of its models"):
-        hf_lowbit.quantize(tiny_pipeline(), free())
-
-
-def test_dense_weights_that_cannot_be_compressed_are_named(tmp_path):
-    model = tiny_video()
-    model.get_submodule(FIRST).weight.data[0, 0] = float("nan")
-    model.proj_in.weight.data[0, 0] = float("inf")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"proj_in: weight holds NaN or infinity; {FIRST}: weight holds"):
-        Video.from_pretrained(tmp_path, quantization_config=free())
-    with pytest.raises(ValueError, match="weight holds NaN or infinity"):
-        Video.from_single_file(str(tmp_path / FILE), config=str(tmp_path), quantization_config=free())
-
-
-@pytest.mark.parametrize("name", [f"{FIRST}.weight", f"{FIRST}.bias", "scale_shift_table"])
-def test_dense_checkpoint_without_a_tensor(dense_path, name, tmp_path):
-    shutil.copytree(dense_path, tmp_path / "copy")
-    tensors = load_file(tmp_path / "copy" / FILE)
-    del tensors[name]
-    save_file(tensors, tmp_path / "copy" / FILE)
-    with pytest.raises(CheckpointError, match=rf"1 tensors are missing from the checkpoint.*{name}"):
-        Video.from_pretrained(tmp_path / "copy", quantization_config=free())
-
-
-def test_pickled_files_are_neither_written_nor_read(packed, copied):
-    with pytest.raises(ValueError, match="safe_serialization=False is not"):
-        packed.save_pretrained(copied, safe_serialization=False)
-    torch.save(packed.state_dict(), copied / "diffusion_pytorch_model.bin")
-    (copied / FILE).unlink()
-    with pytest.raises(CheckpointError, match=r"packed checkpoints are safetensors files; not opened: \['diffusion"):
-        Video.from_pretrained(copied, use_safetensors=False)
-
-
-# Damage ----------------------------------------------------------------------------------------------------------
-
-
-def rewrite(folder, change):
-    tensors = load_file(folder / FILE)
-    change(tensors)
-    save_file(tensors, folder / FILE, metadata={"format": "pt", **metadata_of(tensors)})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop(f"{FIRST}.weight_sign"), rf"{FIRST}\.weight_sign is in none of the weight files"),
-        (lambda t: t.pop(f"{FIRST}.weight"), rf"{FIRST}\.weight is in none of the weight files"),
-        (lambda t: t.pop("proj_out.bias"), r"proj_out\.bias is in none of the weight files"),
-        (lambda t: t.update(surplus=torch.zeros(2)), rf"surplus: is in {FILE}, the model has no such tensor"),
-        (lambda t: t.update({f"{FIRST}.weight_sign": torch.zeros(1)}), rf"weight_sign in {FILE} is F32 \[1\]"),
-        (lambda t: t.update({f"{FIRST}.weight": torch.zeros(32, 32)}), rf"{FIRST}\.weight in {FILE}.*has a stub"),
-        (lambda t: t.update({f"{FIRST}.weight_shift": torch.zeros(32)}), f"{FIRST}.*has no such tensor"),
-        (lambda t: t[f"{FIRST}.weight_row_scale"].fill_(float("nan")), f"{FIRST}: row_scale holds NaN"),
-        (lambda t: t[f"{FIRST}.weight_salient"].fill_(10**6), f"{FIRST}: salient must hold ascending"),
-    ],
-)  # fmt: skip
-def test_damaged_tensors_are_named(copied, change, message):
-    rewrite(copied, change)
-    with pytest.raises(CheckpointError, match=message):
-        Video.from_pretrained(copied)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda q: q.pop("modules"), "lists no packed modules"),
-        (lambda q: q["modules"].pop(FIRST), f"{FIRST}: the files hold packed tensors of it"),
-        (lambda q: q["modules"].update({"blocks.9.q": q["modules"][FIRST]}), r"blocks\.9\.q: the model has no linear"),
-        (lambda q: q["modules"][FIRST]["spec"].update(out_features=65), f"{FIRST}: stored as 65 x 32"),
-        (lambda q: q["modules"][FIRST].update(format="other"), "unknown format 'other'"),
-        (lambda q: q.update(surprise=1), "unknown key 'surprise'"),
-        (lambda q: q.update(method="nonsense"), "unknown method 'nonsense'"),
-    ],
-)
-def test_bad_config_is_refused(copied, change, message):
-    edit_config(copied, change)
-    with pytest.raises((ValueError, CheckpointError), match=message):
-        Video.from_pretrained(copied)
-
-
-def test_flipped_bit_is_named_by_tensor_and_file(copied):
-    data = bytearray((copied / FILE).read_bytes())
-    data[-3] ^= 1
-    (copied / FILE).write_bytes(data)
-    with pytest.raises(CheckpointError, match=rf" in {FILE}: does not match its checksum"):
-        Video.from_pretrained(copied)
-
-
-def test_edited_config_is_refused_unless_asked_for(copied):
-    config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**config, "norm_eps": 0.1}))
-    with pytest.raises(CheckpointError, match=r"config\.json: is not the one.*with hf_lowbit\.unverified\(\)"):
-        Video.from_pretrained(copied)
-    with hf_lowbit.unverified():
-        model = Video.from_pretrained(copied)
-    assert model.config.norm_eps == 0.1
-    model.save_pretrained(copied)
-    Video.from_pretrained(copied)
-
-
-def test_shards_of_two_models_are_refused(packed, tmp_path):
-    packed.save_pretrained(tmp_path / "one", max_shard_size="10KB")
-    packed.get_submodule(FIRST).weight_row_scale.data.mul_(2)
-    packed.save_pretrained(tmp_path / "two", max_shard_size="10KB")
-    name = "diffusion_pytorch_model-00001-of"
-    shard = next(path for path in (tmp_path / "two").iterdir() if path.name.startswith(name))
-    shutil.copy(shard, tmp_path / "one")
-    with pytest.raises(CheckpointError, match="was not saved together with"):
-        Video.from_pretrained(tmp_path / "one")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda m: m.update({"proj_out.bias": "../secret.safetensors"}), "contains a path separator"),
-        (lambda m: m.pop("proj_out.bias"), "1 tensors are missing from the checkpoint.*proj_out"),
-        (lambda m: m.update({"proj_out.bias": "other.safetensors"}), "other.safetensors"),
-    ],
-    ids=["elsewhere", "not listed", "no such file"],
-)
-def test_hostile_index(packed, change, message, tmp_path):
-    packed.save_pretrained(tmp_path, max_shard_size="10KB")
-    file = tmp_path / f"{FILE}.index.json"
-    index = json.loads(file.read_text())
-    change(index["weight_map"])
-    file.write_text(json.dumps(index))
-    with pytest.raises((CheckpointError, ValueError, OSError), match=message):
-        Video.from_pretrained(tmp_path)
-
-
-def test_tensor_in_two_shards_is_refused(packed, tmp_path):
-    packed.save_pretrained(tmp_path, max_shard_size="10KB")
-    shards = [path for path in sorted(tmp_path.glob("*.safetensors"))]
-    state = packed.state_dict()
-    twice = {**load_file(shards[0]), "proj_out.bias": state["proj_out.bias"]}
-    if "proj_out.bias" in load_file(shards[0]):
-        twice = {**load_file(shards[1]), "proj_out.bias": state["proj_out.bias"]}
-        shards.reverse()
-    save_file(twice, shards[0], metadata={"format": "pt", **metadata_of(state)})
-    with pytest.raises(CheckpointError, match=r"proj_out\.bias: is in diffusion.* and in diffusion"):
-        Video.from_pretrained(tmp_path)
-
-
-def test_a_diffusers_without_the_calls_is_named(packed_path, monkeypatch):
-    from diffusers.quantizers.base import DiffusersQuantizer
-
-    monkeypatch.delattr(DiffusersQuantizer, "maybe_update_loaded_keys")
-    with pytest.raises(ImportError, match=r"diffusers .* 0\.42 or newer"):
-        Video.from_pretrained(packed_path)
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_truncated_file_is_named(packed, sharded, tmp_path):
-    packed.save_pretrained(tmp_path, max_shard_size="10KB" if sharded else "10GB")
-    file = sorted(tmp_path.glob("*.safetensors"))[0]
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises((CheckpointError, OSError), match=file.name):
-        Video.from_pretrained(tmp_path)
-
-
-def test_sizes_that_do_not_fit_are_not_passed_over(copied):
-    """``ignore_mismatched_sizes`` leaves tensors out, which would then be empty."""
-    rewrite(copied, lambda t: t.update({"scale_shift_table": torch.zeros(3, 32)}))
-    with pytest.raises((CheckpointError, ValueError), match="scale_shift_table"):
-        Video.from_pretrained(copied, ignore_mismatched_sizes=True)
-
-
-# Registration ----------------------------------------------------------------------------------------------------
-
-
-def test_registration_twice_changes_nothing():
-    from diffusers.quantizers import auto
-
-    before = dict(auto.AUTO_QUANTIZER_MAPPING)
-    hf_lowbit.register()
-    assert auto.AUTO_QUANTIZER_MAPPING == before
-    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["hf_lowbit"] is LowBitConfig
-
-
-LOAD = """
-from diffusers import LTXPipeline
-pipeline = LTXPipeline.from_pretrained({path!r})
-query = pipeline.text_encoder.encoder.block[0].layer[0].SelfAttention.q
-print(type(pipeline.transformer.proj_in).__name__, type(query).__name__)
-"""
-
-
-def test_pipeline_loads_without_importing_the_package(paths):
-    done = python(LOAD.format(path=str(paths / "packed")))
-    assert done.stdout.split() == ["PackedLinear", "PackedLinear"], done.stderr[-2000:]
-    assert "hf_lowbit could not" not in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", ["diffusers.quantizers.auto", "transformers.modeling_utils", "torch", "hf_lowbit"])
-def test_in_whatever_order_things_are_imported(paths, first):
-    switch = {"HF_LOWBIT_AUTOLOAD": "0"} if first == "hf_lowbit" else {}
-    done = python(f"import {first}\n" + LOAD.format(path=str(paths / "packed")), **switch)
-    assert done.stdout.split() == ["PackedLinear", "PackedLinear"], done.stderr[-2000:]
-
-
-@pytest.mark.slow
-def test_switched_off_fails_loudly(packed_path):
-    code = f"from diffusers import LTXVideoTransformer3DModel as M; M.from_pretrained({str(packed_path)!r})"
-    done = python(code, HF_LOWBIT_AUTOLOAD="0")
-    assert "Unknown quantization type, got hf_lowbit" in done.stderr
-
-
-@pytest.mark.slow
-def test_diffusers_is_not_imported_and_need_not_be_there():
-    code = "import sys; sys.modules['diffusers'] = None\nimport transformers.modeling_utils, hf_lowbit\n"
-    done = python(code + "hf_lowbit.register(); print('registered')")
-    assert done.stdout.split() == ["registered"]
-    assert done.stderr == ""
-    done = python("import sys, hf_lowbit, transformers.modeling_utils; print('diffusers' in sys.modules)")
-    assert done.stdout.split() == ["False"]
