@@ -17,6 +17,15 @@ tensor                  shape, dtype                           present
 ``mask``                (n, bytes(m)), uint8                   N:M sparsity
 ======================  =====================================  ===================================================
 
+Pruned weights cost nothing but their mask bit: ``sign`` and ``group`` hold the kept ones alone, in column order.
+Second signs are the exception: every row has one for each salient column (0 where pruned), so that each has a fixed
+place. A short last group of length q keeps ceil(N · q / M).
+
+The mask is a plain bitmap, 1 bit per weight before padding. The numbers of the groups' patterns among
+all C(M, N) would be 0.875, 0.75 and 0.625 bits at 4:8, 5:8 and 6:8, which saves 5, 9 and 13 % of a layer of 4096
+columns. But they took two to five times as long to unpack (``benchmarks/nm_mask.py``, results beside it), every reader
+would need a table, of 12,870 patterns at 8:16, and kernels want the bits themselves, to count those before a column.
+
 S is 0 in a layer without salient columns. The salient columns are an index list, not the bitmap that the memory
 table of the paper counts (32·c against m bits, both below 0.01 bit per weight): their number is then known from a
 shape, before any byte is read, and kernels gather with it directly.
