@@ -101,7 +101,7 @@ def save_model(
     """Save a model, and what belongs to it, as one folder that appears at once.
 
     Args:
-        model: a transformers model, compressed or not.
+        model: of transformers, or one of diffusers (not a pipeline), compressed or not.
         path: the folder, see :func:`check_target`.
         tokenizer: saved beside the model, unless None.
         rows: of the compression run (``RunReport.rows``), written to :data:`REPORT_FILE`, unless None.

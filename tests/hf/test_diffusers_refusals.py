@@ -178,6 +178,18 @@ def test_edited_config_is_refused_unless_asked_for(copied):
     Video.from_pretrained(copied)
 
 
+def test_edited_config_in_a_pipeline(paths, tmp_path):
+    """Its text encoder is loaded by transformers, to which a pipeline passes no options of ours, either."""
+    shutil.copytree(paths / "packed", tmp_path / "copy")
+    for part in ("transformer", "text_encoder"):
+        file = tmp_path / "copy" / part / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "note": "edited"}))
+    with pytest.raises(CheckpointError, match=r"config\.json: is not the one"):
+        diffusers.LTXPipeline.from_pretrained(tmp_path / "copy")
+    with hf_lowbit.unverified():
+        diffusers.LTXPipeline.from_pretrained(tmp_path / "copy")
+
+
 def test_shards_of_two_models_are_refused(packed, tmp_path):
     packed.save_pretrained(tmp_path / "one", max_shard_size="10KB")
     packed.get_submodule(FIRST).weight_row_scale.data.mul_(2)
