@@ -49,11 +49,21 @@ class PackedModule:
         return self.name.rpartition(".")[2]
 
     @property
+    def mask(self) -> str:
+        """N:M of the mask, such as "4:8"; "" where nothing is pruned."""
+        return f"{self.spec['keep_n']}:{self.spec['keep_m']}" if self.spec.get("keep_m") else ""
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the weights that the mask keeps, N / M; 1 without a mask."""
+        return float(self.spec["keep_n"] / self.spec["keep_m"]) if self.mask else 1.0
+
+    @property
     def highlights(self) -> str:
         """What the spec holds beside the shape: switches by their name, numbers with theirs."""
-        parts = []
+        parts = [self.mask] if self.mask else []
         for key, value in self.spec.items():
-            if key not in ("out_features", "in_features"):
+            if key not in ("out_features", "in_features", "keep_n", "keep_m"):
                 word = key.replace("_", " ")
                 parts.append(word if value is True else f"{word} {value}")
         return ", ".join(parts)

@@ -13,8 +13,9 @@ from hf_lowbit.report.tables import FILE, kinds_of, parts_of, size_text
 def save_plot(inspection: Inspection, file: str | Path) -> Path:
     """Draw an inspection into a PNG file.
 
-    Three panels: bytes by part of the folder; bits per weight of every packed layer; its output error (left out after
-    a run without data). A line per kind of layer, from the first block to the last.
+    Up to four panels: bytes by part of the folder; bits per weight of every packed layer; its output error (left out
+    after a run without data); the share of its weights that an N:M mask keeps (left out where nothing is pruned). A
+    line per kind of layer, from the first block to the last.
 
     Args:
         inspection: what to draw.
@@ -34,13 +35,16 @@ def save_plot(inspection: Inspection, file: str | Path) -> Path:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise HfLowbitError("plots need matplotlib, which is not installed: pip install 'hf-lowbit[plots]'") from error
-    has_errors = any(module.error is not None for module in inspection.modules)
-    figure = Figure(figsize=(10, 10 if has_errors else 7), layout="constrained")
-    panels = figure.subplots(3 if has_errors else 2, 1)
+    lines = {"bits_per_weight": "bits per weight"}
+    if any(module.error is not None for module in inspection.modules):
+        lines["error"] = "relative output error"
+    if any(module.mask for module in inspection.modules):
+        lines["kept_share"] = "share of weights kept, N / M"
+    figure = Figure(figsize=(10, 4 + 3 * len(lines)), layout="constrained")
+    panels = figure.subplots(1 + len(lines), 1)
     _bytes_by_part(panels[0], inspection)
-    _by_layer(panels[1], inspection, "bits_per_weight", "bits per weight")
-    if has_errors:
-        _by_layer(panels[2], inspection, "error", "relative output error")
+    for panel, (value, label) in zip(panels[1:], lines.items(), strict=True):
+        _by_layer(panel, inspection, value, label)
     figure.savefig(target, format="png", dpi=150)
     return target
 

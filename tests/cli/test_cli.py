@@ -65,6 +65,30 @@ def packed(dense: Path, text: Path) -> Path:
     return out
 
 
+def test_pbs2p_by_the_command(dense: Path, text: Path, tmp_path: Path) -> None:
+    """The method's own options, the N of every block in the saved config, and in what inspect lists."""
+    options = [word for option in (*QUICK, "n=5", "m=8", "groups=billm") for word in ("--option", option)]
+    sizes = ("--samples", 4, "--sequence-length", 16)
+    result = run("quantize", dense, tmp_path / "out", "--method", "pbs2p", *options, "--calibration", text, *sizes)
+    assert result.exit_code == 0, result.output
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert sum(stored["layers"].values()) == 10
+    result = run("inspect", tmp_path / "out", "--layers", "--json")
+    masks = {row["name"]: row["spec"].get("keep_n", 8) for row in json.loads(result.stdout)["modules"]}
+    assert len(masks) == 14
+    assert all(n == stored["layers"][name.rpartition(".")[0].rpartition(".")[0]] for name, n in masks.items())
+    assert run("verify", tmp_path / "out").exit_code == 0
+    for slip, message in (
+        ("n=9", "n must not exceed m"),
+        ("m=5", "multiple of m = 5"),
+        ("n_low=5", "the mean cannot be n"),
+    ):
+        words = ("--method", "pbs2p", "--option", slip, "--calibration", "none")
+        result = run("quantize", dense, tmp_path / "no", *words)
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
+
+
 def test_quantize_makes_a_model_that_loads_and_tells_nothing_of_this_machine(packed: Path, text: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed)
     assert len(hf_lowbit.packed_modules(model)) == 14

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_lowbit import ARBConfig, CheckpointError, LowBitRecipe, quantize
+from hf_lowbit import ARBConfig, CheckpointError, LowBitRecipe, PBS2PConfig, quantize
 from hf_lowbit.hf.save import save_model
 from hf_lowbit.report import tables
 from hf_lowbit.report.inspect import inspect
@@ -105,6 +105,20 @@ def test_a_run_without_data_has_no_errors_but_tables(tmp_path: Path) -> None:
     assert all(module.error is None for module in found.modules)
     assert "tied" in found.groups[0].reason or not model.config.tie_word_embeddings
     tables.inspection_tables(found, layers=True)
+
+
+def test_masks_are_listed_and_drawn_layer_by_layer(tmp_path: Path) -> None:
+    layers = {"model.layers.0": 5, "model.layers.1": 8}
+    model = tiny()
+    quantize(model, PBS2PConfig(layers=layers, calibration=None, iterations=1, quantiles=3, block_size=32))
+    found = inspect(save_model(model, tmp_path / "sparse"))
+    assert [module.mask for module in found.modules] == ["5:8"] * 7 + [""] * 7
+    assert [module.kept_share for module in found.modules] == [0.625] * 7 + [1.0] * 7
+    assert found.modules[0].highlights.startswith("5:8, block size 32")
+    assert "keep" not in found.modules[0].highlights
+    listed = tables.inspection_json(found, layers=True)["modules"]
+    assert listed[0]["spec"]["keep_n"] == 5
+    assert save_plot(found, tmp_path / "sparse.png").stat().st_size > 1000
 
 
 def test_a_plot_is_a_png_file(saved: Path, tmp_path: Path) -> None:
