@@ -16,6 +16,7 @@ from hf_lowbit.calibration.stats import LinearStats
 from hf_lowbit.compress.team import Team
 from hf_lowbit.hf.save import REPORT_FILE, save_model
 from hf_lowbit.report.evaluate import evaluate
+from tests.compress.test_planning import sparse
 from tests.hf.test_transformers import logits, quick
 from tests.tiny import tiny_model
 
@@ -30,14 +31,14 @@ from hf_lowbit import RunOptions
 from hf_lowbit.compress.team import join, leave
 from hf_lowbit.hf.save import REPORT_FILE, save_model
 from hf_lowbit.report.evaluate import evaluate
-from tests.hf.test_transformers import quick
+from tests.compress.test_team import config_of
 folder = Path(sys.argv[1])
 join()
 for case, changes in json.loads(sys.argv[2]).items():
     architecture = case.partition("-")[0]
     journal = folder / f"journal-{case}"
     run = RunOptions(progress=False, batch_size=1, journal=journal, report=folder / f"{case}.jsonl", resume=True)
-    model = AutoModelForCausalLM.from_pretrained(folder / architecture, quantization_config=quick(run=run, **changes))
+    model = AutoModelForCausalLM.from_pretrained(folder / architecture, quantization_config=config_of(changes, run))
     if dist.get_rank() == 0:
         save_model(model, folder / case)
 leave()
@@ -47,7 +48,12 @@ CASES = {
     "mixtral-free": {"calibration": None},
     "llama-data": {},
     "mixtral-data": {},
+    "llama-sparse": {"n": 4},
 }
+
+
+def config_of(changes, run):
+    return (sparse if "n" in changes else quick)(run=run, **changes)
 
 
 def torchrun(*arguments):
@@ -69,7 +75,7 @@ def by_two(tmp_path_factory):
 
 def by_one(folder, case, target):
     run = RunOptions(progress=False, batch_size=1)
-    config = quick(run=run, **CASES[case])
+    config = config_of(CASES[case], run)
     model = AutoModelForCausalLM.from_pretrained(folder / case.partition("-")[0], quantization_config=config)
     save_model(model, target)
     return model
@@ -99,6 +105,15 @@ def test_calibrated_run_gives_the_same_within_rounding(by_two, architecture, tmp
     loaded = AutoModelForCausalLM.from_pretrained(by_two / case)
     difference = (logits(loaded) - logits(alone)).square().mean() / logits(alone).square().mean()
     assert float(difference) < 1e-3
+
+
+def test_two_processes_plan_as_one(by_two, tmp_path):
+    """Cosines are summed over all; the number of weights kept in each block comes out alike."""
+    alone = by_one(by_two, "llama-sparse", tmp_path / "one").config.quantization_config
+    shared = AutoModelForCausalLM.from_pretrained(by_two / "llama-sparse").config.quantization_config
+    assert shared.layers == alone.layers
+    for name, row in alone.modules.items():
+        assert shared.modules[name]["error"] == pytest.approx(row["error"], rel=0.02)
 
 
 def test_journal_of_two_processes_serves_one(by_two, tmp_path):

@@ -464,6 +464,20 @@ def test_bad_options_are_refused(values, message):
         PBS2PConfig(**values)
 
 
+def test_defaults_are_written_out():
+    """A file must not change its meaning when a default does, so each default is fixed here as well."""
+    values = PBS2PConfig().to_dict()
+    own = {
+        "n": 4, "m": 8, "importance": "one_minus_cos", "n_low": 0, "n_high": 0, "score": "hessian", "groups": "cgb",
+        "fit": "spbo", "solver": "joint", "solver_iterations": 15, "refresh_signs": True, "stepwise": True,
+        "block_size": 128, "iterations": 15, "max_salient_per_block": 50, "quantiles": 81, "damping": 0.01,
+        "compensation": "exact", "scale_dtype": "float16",
+    }  # fmt: skip
+    shared = {"quant_method", "method", "format_version", "hf_lowbit_version", "skip"}
+    shared |= {"calibration", "samples", "sequence_length", "seed"}
+    assert {key: value for key, value in values.items() if key not in shared} == own
+
+
 def test_config_survives_json_with_its_layers():
     config = PBS2PConfig(n=5, layers={"model.layers.0": 6, "model.layers.1": 4})
     assert config.to_dict()["layers"] == {"model.layers.0": 6, "model.layers.1": 4}
