@@ -16,7 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report_pbs2p
 from benchmarks.common import RESULTS, ROOT, read_results
+from benchmarks.tables import number as _number
+from benchmarks.tables import table as _table
 
 # result file -> (name in the table, published perplexity of LLaMA-7B on WikiText2: arXiv 2410.03129, Tables 1 and 4)
 QUALITY = {
@@ -34,17 +37,6 @@ QUALITY = {
     "rc-cgb-32x512": ("ARB-LLM_RC, 32 × 512 tokens", "–"),
 }
 SHORT = ("dense", "rounding", "billm", "x-cgb", "rc-cgb")
-
-
-def _table(header: list[str], rows: list[list[str]], words: bool = False) -> str:
-    lines = [header, ["---", *["---" if words else "---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _number(value: float | None, digits: int) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}f}"
 
 
 def _quality_rows(names: tuple[str, ...], full: bool) -> list[list[str]]:
@@ -220,6 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "drills": drills,
     "kernels": kernels,
+    **report_pbs2p.TABLES,
 }
 
 

@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -338,7 +338,7 @@ class Run:
                 self._compress_block(block, names, hidden, own)
             hidden = [capture.hidden_of(output) for output in capture.run_block(block, hidden, own)]
 
-    def _dense_blocks(self, stack: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    def _dense_blocks(self, stack: dict[str, nn.Module]) -> Generator[nn.Module, None, None]:
         """Yield the blocks of a stack with their dense weights, which go again before the next block's are read."""
         for prefix, block in stack.items():
             names = [name for name in self.targets.methods if name.startswith(f"{prefix}.")]
