@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from collections.abc import Callable, Iterable
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import assets
-from benchmarks.common import write_result
+from benchmarks.common import read_results, write_result
 from benchmarks.quality.run import measure, parser, sequences, write
 from hf_lowbit import ARBConfig, LowBitConfig, PBS2PConfig, registry
 from hf_lowbit.calibration import capture
@@ -61,6 +62,7 @@ QUICK: dict[str, LowBitConfig] = {
     "PBS²P 4:8, uniform": PBS2PConfig(n=4, quantiles=9, importance="uniform"),
     "PBS²P 4:8": PBS2PConfig(n=4, quantiles=9),
     "PBS²P 4:8, one group": PBS2PConfig(n=4, quantiles=9, importance="uniform", groups="none"),
+    "ARB-LLM_RC, blocks of 64": ARBConfig(quantiles=9, iterations=5, block_size=64),
     "PBS²P 8:8": PBS2PConfig(n=8, quantiles=9),
     "PBS²P 5:8, uniform": PBS2PConfig(n=5, quantiles=9, importance="uniform"),
     "PBS²P 6:8": PBS2PConfig(n=6, quantiles=9),
@@ -159,14 +161,21 @@ def layers() -> dict[str, Any]:
     return {"block": 15, "linears": found}
 
 
-def quick() -> dict[str, Any]:
-    """Return perplexity and mean errors of models whose layers were all fitted to the dense model's inputs."""
+def quick(titles: Iterable[str] = QUICK) -> dict[str, Any]:
+    """Return perplexity and mean errors of models whose layers were all fitted to the dense model's inputs.
+
+    What the result file holds already is not measured again.
+    """
     model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.bfloat16)
     calibration, heldout = manual(32)
     stats, cosines = dense_statistics(model, calibration, list(range(30)))
     names = list(capture.find_stacks(model)[0])
-    found: dict[str, Any] = {"dense": {"perplexity": perplexity(model, heldout, 4)}}
-    for title, config in QUICK.items():
+    found = read_results("quality_pbs2p").get("quick", {}).get("variants", {})
+    found.setdefault("dense", {"perplexity": perplexity(model, heldout, 4)})
+    for title in titles:
+        if title in found:
+            continue
+        config = QUICK[title]
         plan = registry.get(config.method).plan
         if plan is not None:
             units = [registry.BlockUnit(name, 1) for name in names]
@@ -190,18 +199,20 @@ def quick() -> dict[str, Any]:
     return {"cosines": cosines, "variants": found}
 
 
-PARTS = {"synthetic": synthetic, "layers": layers, "quick": quick}
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"synthetic": synthetic, "layers": layers, "quick": quick}
 
 
 def main() -> None:
     """Parse arguments, measure, write."""
     made = parser(__doc__, VARIANTS)
+    made.add_argument("--quick", nargs="+", choices=list(QUICK), default=list(QUICK), help="variants of that part")
     made.add_argument("--part", nargs="+", choices=[*PARTS, "end-to-end"], default=[*PARTS, "end-to-end"])
     arguments = made.parse_args()
     with torch.no_grad():
         for part in arguments.part:
             if part in PARTS:
-                write_result(f"quality_pbs2p/{part}", PARTS[part]())
+                result = quick(arguments.quick) if part == "quick" else PARTS[part]()
+                write_result(f"quality_pbs2p/{part}", result)
     if "end-to-end" not in arguments.part:
         return
     calibration, heldout = sequences(arguments)
