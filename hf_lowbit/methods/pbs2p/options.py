@@ -18,9 +18,11 @@ class PBS2PConfig(CalibratedConfig):
     """Sparse 1-bit weights: N of every M are kept, pruned step by step and binarized (PBS²P, arXiv 2502.01705).
 
     ``PBS2PConfig(n=4, m=8)`` keeps four weights of every eight in a row. N is the mean over the model: decoder blocks
-    get N of their own, more where they change their input more. Of columns that m does not divide the last q < m keep
-    ceil(n · q / m); ``block_size`` must be a multiple of m, so that no other group is cut. With ``calibration=None`` no data is used: every block
+    get N of their own, more where they change their input more. With ``calibration=None`` no data is used: every block
     gets N, the score is the weights' magnitude, and nothing is compensated.
+
+    Of columns that m does not divide, the last q < m keep ceil(n · q / m); ``block_size`` must be a multiple of m, so
+    that no other group is cut.
 
     Attributes:
         layers: N of each decoder block by name. Filled by the run; given beforehand, these N are used as they are.
