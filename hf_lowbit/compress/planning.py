@@ -8,6 +8,7 @@ was killed goes on with the same numbers, and into the saved config.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +34,13 @@ def plan_stack(run: Run, stack: Mapping[str, nn.Module], similarity: Callable[[]
     Args:
         run: whose ``config`` and ``targets`` change.
         stack: blocks by name, none of them compressed in this run; a journal may hold some.
-        similarity: measures the dense blocks, see :func:`cosine_sums`; called at most once per rule that asks.
+        similarity: measures the dense blocks, see :func:`cosine_sums`; called once if any rule asks.
 
     Raises:
         ValueError: a method refuses its options.
         CheckpointError: the journal's plan does not fit the run.
     """
-    first = next(iter(stack))
+    first, similarity = next(iter(stack)), functools.cache(similarity)
     recorded = None if run.journal is None else run.journal.plans.get(first)
     plan: Plan = recorded or {}
     for pattern, rule in rules_of(run.config):

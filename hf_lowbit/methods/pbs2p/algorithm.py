@@ -118,7 +118,7 @@ def _fit_block(
     masks = [search.keep_mask(ranks, target, options.m) for target in targets]
     if options.fit != "spbo":
         return _prune_first(block, columns, masks[-1] if masks else None, options)
-    for number in range(len(block.fits), _total_groups(block, options)):
+    for number in range(_total_groups(block, options)):
         index, chosen, _ = block.members(number)
         order = 2 if number < block.salient_groups else 1
         block.fits.append(binary.alternating(columns[:, index], chosen, order, options.iterations))

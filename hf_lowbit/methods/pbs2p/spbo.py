@@ -63,6 +63,11 @@ class Rows:
         groups = self.group.shape[1]
         return groups, self.values.shape[1] - 2 * groups
 
+    def cut(self, part: slice) -> Rows:
+        """Return some of the rows."""
+        parts = {name: getattr(self, name)[part] for name in ("weight", "group", "sign", "sign2", "values")}
+        return dataclasses.replace(self, **parts)
+
     def features(self, keep: Tensor) -> Tensor:
         """Return F, (n, P, k)."""
         halves = self.counts[1]
@@ -122,7 +127,7 @@ def prune(
     done, errors = [], torch.zeros((len(keeps), 3), dtype=torch.float64)
     for start in range(0, len(weight), _ROWS):
         part = slice(start, start + _ROWS)
-        rows = Rows(whole.weight[part], whole.group[part], whole.salient, *_cut(whole, part))
+        rows = whole.cut(part)
         for step, keep in enumerate(keeps):
             rows, found = _step(rows, moment, keep[part], iterations, refresh and step > 0)
             errors[step] += torch.stack([error.sum() for error in found]).cpu()
@@ -134,10 +139,6 @@ def prune(
             for keep, row in zip(keeps, errors, strict=True)
         ]
     return _fitted(block, done, weight.dtype, masks[-1] if masks else None)
-
-
-def _cut(rows: Rows, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-    return rows.sign[part], rows.sign2[part], rows.values[part]
 
 
 def _step(
