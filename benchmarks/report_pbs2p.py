@@ -33,7 +33,8 @@ END_TO_END = {
 SUFFIX = "-32x512"
 # Known before: same protocol on another text of the kind (perplexity of the dense model about 20); relative errors of
 # outputs: mean over the layers, then 8:8, 6:8, 5:8, 4:8 of the synthetic layer, then layers of block 15.
-KNOWN_QUICK = {
+KNOWN_QUICK: dict[str, tuple[float, float | None]] = {
+    "dense": (20.0, None),
     "ARB-LLM_RC": (115.5, 0.0488),
     "ARB-LLM_X": (100.5, 0.0534),
     "PBS²P 6:8, uniform": (67.3, 0.0393),
@@ -41,7 +42,6 @@ KNOWN_QUICK = {
     "PBS²P 4:8": (94.6, None),
     "PBS²P 4:8, one group": (4088.0, None),
 }
-KNOWN_DENSE = 20.0
 KNOWN_SYNTHETIC = {
     "none, prune, then binarize": (0.538, 0.498, 0.484, 0.475),
     "none, prune, then ARB": (0.507, 0.484, 0.474, 0.462),
@@ -128,24 +128,21 @@ def quick() -> str:
     if result is None:
         return NOT_YET
     variants = result["variants"]
-    dense = variants["dense"]["perplexity"]
-    rows = [["dense", number(dense, 1), "1.0", "1.0", "–", "16.00"]]
+    peer, known_peer = variants["ARB-LLM_RC"]["perplexity"], KNOWN_QUICK["ARB-LLM_RC"][0]
+    rows = []
     for title, found in variants.items():
-        if title == "dense":
-            continue
         perplexity, error = KNOWN_QUICK.get(title, (None, None))
-        ratio = None if perplexity is None else perplexity / KNOWN_DENSE
-        cells = [number(found["perplexity"], 1), number(found["perplexity"] / dense, 1), number(ratio, 1)]
-        rows.append([title, *cells, _beside(found["output_error"], error), number(found["bits_per_weight"], 2)])
-    header = [
-        "",
-        "perplexity",
-        "× dense",
-        "× dense, known",
-        "mean output error (from known)",
-        "stored bits per weight",
-    ]
-    return table(header, rows)
+        cells = [number(found["perplexity"], 1), number(perplexity, 1)]
+        if title == "dense":
+            rows.append([title, *cells, "–", "–", "16.00"])
+            continue
+        known = None if perplexity is None else perplexity / known_peer
+        ratio = found["perplexity"] / peer
+        near = ratio < 10  # collapsed models have no meaningful ratio
+        cells += [_beside(ratio, known if near else None, 3 if near else 0), _beside(found["output_error"], error)]
+        rows.append([title, *cells, number(found["bits_per_weight"], 2)])
+    header = ["", "perplexity", "known", "× ARB-LLM_RC (from known)", "mean output error (from known)"]
+    return table([*header, "stored bits per weight"], rows)
 
 
 def synthetic() -> str:
