@@ -200,7 +200,7 @@ def split_by_magnitude(
 
 
 def _judged_split(saliency: Tensor, plain: Tensor, candidates: Tensor, judge: Tensor, rest: Tensor) -> Tensor:
-    """What :func:`split_by_magnitude` finds with ``moment`` for the plain columns of T >= 0, at a third of its time.
+    """What :func:`split_by_magnitude` finds with ``moment`` for the plain columns of T >= 0, in half its time.
 
     Means and scales of all thresholds come from sorted rows; the residual of the other columns, which is the same for
     every threshold, enters once.

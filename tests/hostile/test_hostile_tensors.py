@@ -26,7 +26,7 @@ FULL = BinarySpec(
 
 
 def put(folder: Path, spec: BinarySpec = FULL) -> Path:
-    """Replace a layer by one of another make, with an N:M mask, which today's methods do not write."""
+    """Replace a layer by one of another make, which no method writes: every tensor of the format, an N:M mask too."""
 
     def replace(tensors: dict[str, Tensor]) -> None:
         for key in [key for key in tensors if key.startswith(f"{LAYER}.weight_")]:

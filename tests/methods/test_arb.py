@@ -165,6 +165,18 @@ def test_quick_search_equals_plain_search():
     assert torch.equal(quick, plain)
 
 
+def test_quick_judged_search_equals_plain_search():
+    weight, moment = (torch.tensor(part) for part in layer(40, 96))
+    saliency, salient = weight.square(), torch.tensor([3, 40, 41, 90])
+    plain = torch.tensor([i for i in range(96) if i not in salient.tolist()])
+    left = torch.ones_like(saliency, dtype=torch.bool)
+    left[:, salient] = False
+    candidates = partition.quantiles(saliency * left, torch.linspace(0.1, 0.9, 33))
+    rest = partition.split_residual(saliency, (~left,), order=2)
+    expected = partition.split_by_magnitude(saliency, candidates, 1, left, moment, rest)
+    assert torch.equal(partition.plain_groups(saliency, plain, 1, 33, moment).bool(), expected[:, plain])
+
+
 def test_quantiles_interpolate_like_numpy():
     values = torch.randn(7, 13, dtype=torch.float64)
     levels = torch.linspace(0, 1, 11, dtype=torch.float64)
