@@ -6,10 +6,10 @@ import sys
 from setuptools import Extension, setup
 
 FOLDER = "hf_lowbit/kernels/cpu/csrc"
-NAMES = ("api", "tile_avx512", "tile_avx2", "tile_portable")
-HEADERS = ("binary.h", "half.h", "tile.h")
+NAMES = ("api", "tile_avx512", "expand_avx512bf16", "tile_avx2", "tile_portable")
+HEADERS = ("avx512.h", "binary.h", "expand.h", "half.h", "tile.h")
 
-flags = ["-O3", "-std=c++17", "-fno-strict-aliasing", "-fvisibility=default"]
+flags = ["-O3", "-g0", "-std=c++17", "-fno-strict-aliasing", "-fvisibility=default"]
 # the OpenMP runtime that torch brings is shared, so that torch.set_num_threads counts; clang on macOS has none
 openmp = ["-fopenmp"] if sys.platform == "linux" else []
 

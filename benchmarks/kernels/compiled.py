@@ -1,6 +1,7 @@
 """What the compiled Triton kernels contain, without a GPU: registers, spills, shared memory, matrix instructions.
 
-    python -m benchmarks.kernels.compiled            # all targets and variants, some minutes
+    python -m benchmarks.kernels.compiled                    # all targets and variants, some minutes
+    python -m benchmarks.kernels.compiled --targets sm_90    # the others keep the figures they have
 
 Each shipped setting of each variant is compiled for real targets with the assembler that comes with Triton, and the
 machine code is read. Writes ``benchmarks/results/kernels_compiled.json``. None of this is a speed.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -26,7 +28,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.common import write_result
+from benchmarks.common import RESULTS, write_result
 from hf_lowbit.formats import BinaryFormat, BinarySpec
 from hf_lowbit.kernels.triton import binary
 from hf_lowbit.kernels.triton.binary_kernels import binary_kernel, columns_kernel, reduce_kernel
@@ -294,8 +296,17 @@ def main() -> None:
                     console.print(name, variant, use, *_cells(row, target))
     console.print(table)
     if not arguments.no_file:
-        shape = [VARIANTS["rtn"].out_features, VARIANTS["rtn"].in_features]
-        write_result("kernels_compiled", {"shape": shape, "triton": triton.__version__, "kernels": results})
+        record(results)
+
+
+def record(results: dict[str, Any]) -> None:
+    """Write figures by name; those of the same Triton that are not among them stay."""
+    path = RESULTS / "kernels_compiled.json"
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    kept = before["kernels"] if before.get("triton") == triton.__version__ else {}
+    shape = [VARIANTS["rtn"].out_features, VARIANTS["rtn"].in_features]
+    kernels = dict(sorted({**kept, **results}.items()))
+    write_result("kernels_compiled", {"shape": shape, "triton": triton.__version__, "kernels": kernels})
 
 
 def _cells(row: dict[str, Any], target: Target) -> list[str]:

@@ -12,7 +12,7 @@
 extern "C" {
 int hflb_isa(void);
 int hflb_linear(const hflb_weight*, const void*, int64_t, int64_t, const void*, void*, int64_t, int64_t, int64_t);
-int hflb_dequantize(const hflb_weight*, int64_t, int64_t, void*, int64_t, int64_t, int64_t);
+int hflb_dequantize(const hflb_weight*, int64_t, int64_t, void*, int64_t, int64_t, int64_t, int64_t);
 }
 
 static std::mt19937 generator(7);
@@ -51,17 +51,18 @@ int main(int count, char** arguments) {
         w.groups = between(1, 2), w.salient_groups = between(0, w.groups);
         w.runs = w.salient_groups ? 8 * between(1, 5) : 0;
         w.scale_dtype = between(0, 2);
-        const bool shift = between(0, 3) == 0, mask = !shift && between(0, 2) == 0;
+        const bool shift = between(0, 3) == 0, mask = between(0, 2) == 0;
         const int64_t padded = (w.columns + HFLB_GROUP - 1) / HFLB_GROUP * HFLB_GROUP, plane = w.rows * padded / 8;
         const int64_t size = w.scale_dtype == HFLB_F32 ? 4 : 2, S = w.salient_groups, G = w.groups, slots = w.runs * HFLB_RUN;
         Exact<uint8_t> sign(plane), group(plane), keep(plane), runs(4 * w.rows * w.runs * 2);
-        Exact<uint8_t> scale((2 * S + G) * w.blocks * w.rows * size), offset((S + G) * w.blocks * w.rows * size);
+        const int64_t filled = (w.rows + HFLB_STRIP - 1) / HFLB_STRIP * HFLB_STRIP;
+        Exact<uint8_t> scale((2 * S + G) * w.blocks * filled * size), offset((S + G) * w.blocks * filled * size);
         Exact<float> plain(G * padded), first(S * slots), second(S * slots);
         Exact<int32_t> column(slots), block(w.runs);
         random_bytes(sign.data, plane), random_bytes(group.data, plane), random_bytes(keep.data, plane);
         random_bytes(runs.data, 4 * w.rows * w.runs * 2);
-        random_scales(scale.data, (2 * S + G) * w.blocks * w.rows, w.scale_dtype);
-        random_scales(offset.data, (S + G) * w.blocks * w.rows, w.scale_dtype);
+        random_scales(scale.data, (2 * S + G) * w.blocks * filled, w.scale_dtype);
+        random_scales(offset.data, (S + G) * w.blocks * filled, w.scale_dtype);
         random_floats(plain.data, G * padded), random_floats(first.data, S * slots), random_floats(second.data, S * slots);
         for (int64_t run = 0; run < w.runs; ++run) block.data[run] = (int32_t)between(0, w.blocks - 1);
         for (int64_t i = 0; i < slots; ++i) {
@@ -75,12 +76,13 @@ int main(int count, char** arguments) {
         w.first_scale = first.data, w.second_scale = second.data;
         const int64_t dtype = between(0, 2), tokens = between(0, 5), width = dtype == HFLB_F32 ? 4 : 2;
         Exact<uint8_t> x(tokens * w.columns * width), bias(w.rows * width), y(tokens * w.rows * width);
-        Exact<uint8_t> dense(w.rows * w.columns * width);
+        Exact<uint8_t> dense(w.rows * w.columns * width), apart(w.rows * (w.columns + slots) * width);
         random_scales(x.data, tokens * w.columns, dtype), random_scales(bias.data, w.rows, dtype);
         for (int64_t isa = 0; isa <= hflb_isa(); ++isa) {
             const int64_t threads = between(1, 4), begin = between(0, w.rows);
             if (hflb_linear(&w, x.data, dtype, tokens, number % 2 ? bias.data : 0, y.data, between(1, 3), isa, threads)) return 1;
-            if (hflb_dequantize(&w, begin, w.rows, dense.data, dtype, isa, threads)) return 2;
+            if (hflb_dequantize(&w, begin, w.rows, dense.data, dtype, 0, isa, threads)) return 2;
+            if (hflb_dequantize(&w, begin, w.rows, apart.data, dtype, 1, isa, threads)) return 3;
         }
     }
     printf("%d\n", cases);

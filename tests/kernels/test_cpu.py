@@ -26,7 +26,7 @@ def cases():
     for number, (groups, s, shift, columns, keep, block) in enumerate(
         itertools.product((1, 2), (0, 1, 2), flags, flags, masks, (128, 256))
     ):
-        if s > groups or (shift and (columns or keep[1])):
+        if s > groups or (shift and columns):
             continue
         dtype = (torch.float16, torch.float32, torch.bfloat16)[number % 3]
         yield Case(*SIZES[number % len(SIZES)], groups, s, shift, columns, keep, block, dtype, seed=number)
@@ -66,7 +66,7 @@ def test_library_is_there_where_it_could_be_built():
 @pytest.mark.parametrize(
     ("dtype", "digits", "tolerance"),
     [(torch.float32, 3, 3e-6), (torch.float16, 2, 1e-3), (torch.bfloat16, 2, 5e-3), (torch.float32, 2, 1e-4),
-     (torch.float32, 1, 2e-2)],
+     (torch.float32, 1, 3e-2)],
     ids=["float32", "float16", "bfloat16", "16 bits", "8 bits"],
 )  # fmt: skip
 def test_product_of_every_variant(isa, dtype, digits, tolerance):
@@ -108,7 +108,7 @@ def test_unpacked_rows_are_those_of_the_reference(isa):
         want = dense(case).float()
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             out = torch.full((case.n, case.m), float("nan"), dtype=dtype)
-            args = (ctypes.byref(made.weight), 0, case.n, out.data_ptr(), DTYPES[dtype], ISAS.index(isa), 1)
+            args = (ctypes.byref(made.weight), 0, case.n, out.data_ptr(), DTYPES[dtype], 0, ISAS.index(isa), 1)
             assert LIBRARY.hflb_dequantize(*args) == 0
             assert torch.equal(out, want.to(dtype)), (case, dtype)
 
@@ -191,8 +191,7 @@ def test_odd_inputs():
         (Case(4, 256, 3, block=128), "more than two groups"),
         (Case(4, 256, 4, 2, block=128), "more than two groups"),
         (Case(4, 256, 2, block=64), "blocks of 64 columns, not a multiple of 128"),
-        (Case(4, 256, 2, shift=True, columns=True, block=128), "row shifts together with column scales or a mask"),
-        (Case(4, 256, 2, shift=True, keep=(2, 4), block=128), "row shifts together with column scales or a mask"),
+        (Case(4, 256, 2, shift=True, columns=True, block=128), "row shifts together with column scales"),
     ],
 )
 def test_what_it_cannot_is_said_and_left_to_the_reference(case, reason):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 logger = logging.getLogger(__name__)
-ABI = 1
-ISAS = ("portable", "avx2", "avx512")
+ABI = 2
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NAME = "_binary"
 
@@ -58,7 +58,7 @@ def load() -> tuple[Any, str]:
     ]  # fmt: skip
     library.hflb_dequantize.restype = ctypes.c_int
     library.hflb_dequantize.argtypes = [
-        ctypes.POINTER(Weight), integer, integer, pointer, integer, integer, integer,
+        ctypes.POINTER(Weight), integer, integer, pointer, integer, integer, integer, integer,
     ]  # fmt: skip
     isa = ISAS[library.hflb_isa()]
     if isa == "portable":

@@ -5,7 +5,8 @@
 //   salient columns  value = +-rs'[h] * cs[h][j]  +-  rs''[h] * cs2[h][p]  (+ shift'[h])
 // Column scales are multiplied into the activations once per call, and activations become integers of one to three
 // bytes with one scale for 128 columns. A row of a block then needs sums of bytes that bits select, which is what
-// vpdpbusd and its like do.
+// vpdpbusd and its like do. Sixteen rows are worked on together, one in each part of a vector: their scales lie side by
+// side in the file, and an activation is the same for all of them.
 //
 // Salient columns are gathered beforehand into "runs" of 16 columns of one block, in planes of the same layout as the
 // stored ones. In the main planes their activations are 0.
@@ -14,18 +15,17 @@
 
 #include "half.h"
 
-#define HFLB_ABI 1
+#define HFLB_ABI 2
 #define HFLB_GROUP 128  // columns of a group of a plane, in 16 bytes
 #define HFLB_RUN 16     // columns of a run: one bit position of a group
 #define HFLB_TILE 16    // rows that are worked on together
+#define HFLB_STRIP 64   // rows whose scales lie together
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum { HFLB_F32 = 0, HFLB_F16 = 1, HFLB_BF16 = 2 };
-enum { EVERY = -1, ITSELF = 2 };  // what weights are made of, see tile.h
-enum { HFLB_PORTABLE = 0, HFLB_AVX2 = 1, HFLB_AVX512 = 2 };
+enum { HFLB_PORTABLE = 0, HFLB_AVX2 = 1, HFLB_AVX512 = 2, HFLB_AVX512BF16 = 3 };
 
 typedef struct {
     int64_t rows;            // out_features
@@ -39,8 +39,8 @@ typedef struct {
     const uint8_t* sign;       // [rows][16 * groups of columns]
     const uint8_t* group;      // the same, with two groups; else null
     const uint8_t* keep;       // the same: 0 where a weight is pruned; null without a mask
-    const void* row_scale;     // [2 * salient_groups + groups][blocks][rows]
-    const void* row_shift;     // [salient_groups + groups][blocks][rows] or null
+    const void* row_scale;     // [rows / 64][blocks][2 * salient_groups + groups][64]: rows are filled up with 0
+    const void* row_shift;     // [rows / 64][blocks][salient_groups + groups][64] or null
     const float* plain_scale;  // [groups][padded columns]: column scales, 0 for salient columns and padding
     const int32_t* run_column;   // [runs * 16]: column of each slot, -1 for an empty one
     const int32_t* run_block;    // [runs]
@@ -49,11 +49,11 @@ typedef struct {
     const uint8_t* run_planes;   // [4][rows][runs * 2]: signs, codes, signs of the second plane, and keep with a mask
 } hflb_weight;
 
-// Activations of one token as integers, in byte planes, most significant first.
+// Activations of one token as integers, in bytes, most significant first.
 typedef struct {
-    const int8_t* bytes;  // [codes][groups of 128][planes][128]
-    const float* scale;   // [groups of 128]
-    const float* sum;     // [codes][groups of 128 or runs]: sums of the integers, times the scale
+    int8_t* bytes;  // [codes][groups of 128][digits][128]
+    float* scale;   // [groups of 128]
+    int32_t* sum;   // [codes][groups of 128 or runs]: sums of the integers
 } hflb_digits;
 
 typedef struct {
@@ -63,22 +63,32 @@ typedef struct {
 typedef struct {
     const hflb_weight* weight;
     const hflb_token* tokens;
-    int64_t count;   // of tokens
-    int64_t planes;  // bytes of an activation, 1 to 3
-    float* scratch;  // of hflb_scratch_floats floats, 64-byte aligned
+    int64_t count;     // of tokens
+    int64_t digits;    // bytes of an activation, 1 to 3
+    const void* bias;  // [rows] or null
+    void* y;           // [count][rows]
+    int64_t dtype;     // of bias and y
 } hflb_work;
 
-// out[token][row - row0] for HFLB_TILE rows from row0 on (fewer at the end of the weight).
-typedef void (*hflb_tile)(const hflb_work* work, int64_t row0, float* out);
-void hflb_tile_avx512(const hflb_work* work, int64_t row0, float* out);
-void hflb_tile_avx2(const hflb_work* work, int64_t row0, float* out);
-void hflb_tile_portable(const hflb_work* work, int64_t row0, float* out);
+// What each instruction set has; tile.h tells what they do.
+typedef struct {
+    int (*make_token)(const hflb_weight* w, const void* x, int64_t dtype, int64_t digits, float* values, const hflb_token* to);
+    void (*rows)(const hflb_work* work, int64_t row0, int64_t end);  // row0 is a multiple of HFLB_TILE
+    void (*expand)(
+        const hflb_weight* w, int64_t begin, int64_t end, void* out, int64_t dtype, int64_t apart, float* buffer
+    );
+} hflb_kernels;
+extern const hflb_kernels hflb_avx512, hflb_avx2, hflb_portable;
 
-// One row of the dense weight as floats, [padded columns]; `buffer` has room for runs * 16 floats.
-typedef void (*hflb_expand)(const hflb_weight* w, int64_t row, float* out, float* buffer);
-void hflb_expand_avx512(const hflb_weight* w, int64_t row, float* out, float* buffer);
-void hflb_expand_avx2(const hflb_weight* w, int64_t row, float* out, float* buffer);
-void hflb_expand_portable(const hflb_weight* w, int64_t row, float* out, float* buffer);
+void hflb_expand_avx512bf16(
+    const hflb_weight* w, int64_t begin, int64_t end, void* out, int64_t dtype, int64_t apart, float* buffer
+);
+
+// Floats for the scales of one tile's rows.
+static inline int64_t hflb_scale_floats(const hflb_weight* w) {
+    const int64_t entries = 2 * w->salient_groups + w->groups + (w->row_shift ? w->salient_groups + w->groups : 0);
+    return entries * w->blocks * HFLB_TILE;
+}
 
 #ifdef __cplusplus
 }

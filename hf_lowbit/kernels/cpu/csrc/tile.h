@@ -1,302 +1,367 @@
-// One tile of 16 rows, for any instruction set with byte products. The including file defines, in an anonymous namespace:
-//   WIDTH                          bytes in a vector: Bytes, Words (32-bit integers) and Floats are as wide
-//   prepare(sign, code, keep, bytes, to)  bring the planes of one row into a form from which weights come quickly; bytes
-//                                  are a multiple of 16, `to` has room for 4 * (bytes + 64)
-//   weights<CODE>(from, bytes, at, step)  bytes 0, 1 or 2 for WIDTH columns: 1 +- 1 where the code is CODE, else 1.
-//                                  CODE EVERY: 1 +- 1 everywhere (planes without codes). CODE ITSELF: the code, 0 or 1
-//   zero, load_bytes, load_floats, dot, shift_up, to_float, fma, minus, spread, one_of_four, total
-//   Rows                           16 floats, one for each row of the tile; rows_of_halves, _brains, _floats, times, add,
-//                                  put (at once), put_quads (four and four, apart); or 16 columns: choose, product, sum_of,
-//                                  rows_of_one
-// Weights times integers is the wanted sum plus the plain sum of the integers, which is taken off once per tile.
+// One tile of 16 rows, for any instruction set. The including file defines, in an anonymous namespace, things of 16
+// parts, one for each row of the tile (or for each of 16 columns, in `make_token` and `expand`):
+//   Floats                          load, store, spread, times, fma, plus, choose, negated, magnitude, larger, from_halves,
+//                                   from_brains, store_as (in a dtype)
+//   Ints                            spread, plus, shift_up, to_floats, to_ints, next_digit, store_digit, sum_of
+//   Bytes                           four bytes each: load_rows, both, inverse, evens, odds, weights
+//   Four                            four digits, in every part: four_of
+//   Sums                            of products of four bytes: no_sums, dot, total
+// and AT_ONCE, how often 16 rows or how many tokens there are registers for.
+// A weight is a byte: 2 * high + low, of two bits. With the sign where the code of a position is h as the high bit, and
+// "the code is another" as the low bit, it is 1 +- 1 where the code is h, else 1. The plain sum of the activations, which
+// this is too much, is taken off at the start. Codes alone as low bits give the sums that shifts need.
 
 namespace {
 
-const int STEPS = HFLB_GROUP / WIDTH;  // vectors that cover a group
-const int RUNS = WIDTH / HFLB_RUN;     // runs in a vector
-const int PAIR = 2;                    // rows that share what is loaded of the activations
+const int BITS = 8;    // bit positions of a byte: 16 columns each
+const int WORDS = 4;   // four columns each, of the 16
 
-// Scales of the tile's rows, 0 beyond the last row. Fetches those of a later tile as well: they lie too far apart to be
-// foreseen by the hardware.
-inline Rows scales_of(const hflb_weight* w, const void* table, int64_t entry, int64_t block, int64_t row0) {
-    const int64_t left = w->rows - row0, at = (entry * w->blocks + block) * w->rows + row0;
-    if (w->scale_dtype == HFLB_F32) {
-        const float* from = (const float*)table + at;
-        float some[HFLB_TILE] = {0};
-        __builtin_prefetch(from + 32);
-        if (left >= HFLB_TILE) return rows_of_floats(from);
-        for (int64_t r = 0; r < left; ++r) some[r] = from[r];
-        return rows_of_floats(some);
-    }
-    const uint16_t* from = (const uint16_t*)table + at;
-    uint16_t some[HFLB_TILE] = {0};
-    __builtin_prefetch(from + 64);
-    if (left < HFLB_TILE) {
-        for (int64_t r = 0; r < left; ++r) some[r] = from[r];
-        from = some;
-    }
-    return w->scale_dtype == HFLB_F16 ? rows_of_halves(from) : rows_of_brains(from);
-}
+const int STRIP = 4;   // groups whose planes are loaded together: 64 bytes, a line of the cache
 
-// scales[group][row] of plain columns: row scale times the activations' scale. Returns `fix` plus factor * row scale *
-// sum of the activations.
-inline Rows plain_scales(
-    const hflb_weight* w, const void* table, int64_t entry, int64_t row0, const hflb_digits* x, const float* sum,
-    float factor, float* scales, Rows fix
-) {
-    const int64_t groups = (w->columns + HFLB_GROUP - 1) / HFLB_GROUP, in_block = w->block_size / HFLB_GROUP;
-    for (int64_t block = 0, g = 0; g < groups; ++block) {
-        const Rows rows = scales_of(w, table, entry, block, row0);
-        for (int64_t i = 0; i < in_block && g < groups; ++i, ++g) {
-            put(scales + g * HFLB_TILE, times(rows, x->scale[g]));
-            fix = add(fix, rows, factor * sum[g]);
-        }
-    }
-    return fix;
-}
-
-// The same for runs: scales[step][four rows][run of the step][row of the four].
-inline Rows run_scales(
-    const hflb_weight* w, const void* table, int64_t entry, int64_t row0, const hflb_digits* x, const float* sum,
-    float factor, float* scales, Rows fix
-) {
-    Rows rows = scales_of(w, table, entry, w->run_block[0], row0);
-    for (int64_t run = 0; run < w->runs; ++run) {
-        if (run && w->run_block[run] != w->run_block[run - 1])
-            rows = scales_of(w, table, entry, w->run_block[run], row0);
-        put_quads(scales + (run / RUNS) * HFLB_TILE * RUNS + (run % RUNS) * 4, RUNS * 4, times(rows, x->scale[run / 8]));
-        fix = add(fix, rows, factor * sum[run]);
-    }
-    return fix;
-}
-
-// Plain columns of two rows; scales are those of the first row, `apart` those of the second.
-template <int CODE, int PLANES>
-inline void plain_pair(
-    const uint8_t* const* row, int64_t bytes, const int8_t* digits, const float* scales, int64_t apart, Floats* sum
-) {
-    Floats sum0 = sum[0], sum1 = sum[1];
-    for (int64_t at = 0; at < bytes; at += 16, digits += PLANES * HFLB_GROUP, scales += HFLB_TILE) {
-        Bytes w0[STEPS], w1[STEPS];
-        for (int s = 0; s < STEPS; ++s) w0[s] = weights<CODE>(row[0], bytes, at, s), w1[s] = weights<CODE>(row[1], bytes, at, s);
-        Words part0 = zero(), part1 = zero();
-        for (int p = 0; p < PLANES; ++p) {
-            if (p) part0 = shift_up(part0), part1 = shift_up(part1);
-            for (int s = 0; s < STEPS; ++s) {
-                const Bytes x = load_bytes(digits + p * HFLB_GROUP + s * WIDTH);
-                part0 = dot(part0, w0[s], x), part1 = dot(part1, w1[s], x);
-            }
-        }
-        sum0 = fma(to_float(part0), spread(scales[0]), sum0);
-        sum1 = fma(to_float(part1), spread(scales[apart]), sum1);
-    }
-    sum[0] = sum0, sum[1] = sum1;
-}
-
-// Runs of two rows; `scales` are those of the four rows that they are among, `which` says which of them.
-template <int CODE, int PLANES>
-inline void run_pair(
-    const uint8_t* const* row, int64_t bytes, const int8_t* digits, const float* scales, const int* which, Floats* sum
-) {
-    Floats sum0 = sum[0], sum1 = sum[1];
-    for (int64_t at = 0; at < bytes; at += 16, digits += PLANES * HFLB_GROUP) {
-        for (int s = 0; s < STEPS; ++s, scales += HFLB_TILE * RUNS) {
-            const Bytes w0 = weights<CODE>(row[0], bytes, at, s), w1 = weights<CODE>(row[1], bytes, at, s);
-            Words part0 = zero(), part1 = zero();
-            for (int p = 0; p < PLANES; ++p) {
-                if (p) part0 = shift_up(part0), part1 = shift_up(part1);
-                const Bytes x = load_bytes(digits + p * HFLB_GROUP + s * WIDTH);
-                part0 = dot(part0, w0, x), part1 = dot(part1, w1, x);
-            }
-            const Floats four = load_floats(scales);
-            sum0 = fma(to_float(part0), one_of_four(four, which[0]), sum0);
-            sum1 = fma(to_float(part1), one_of_four(four, which[1]), sum1);
-        }
-    }
-    sum[0] = sum0, sum[1] = sum1;
-}
-
-// Where the parts of one token's scales begin, in floats.
-struct Layout {
-    int64_t plain, runs;        // sizes for one code
-    int64_t first, second;      // scales of the two planes of the runs, after those of plain columns
-    int64_t shift, run_shift;   // shifts of plain columns and of runs
-    int64_t all;
+// Planes of 16 rows in a strip: [group][word].
+struct Planes {
+    Bytes sign[STRIP * WORDS], code[STRIP * WORDS], keep[STRIP * WORDS];
 };
 
-inline Layout layout_of(const hflb_weight* w) {
-    Layout at;
-    at.plain = (w->columns + HFLB_GROUP - 1) / HFLB_GROUP * HFLB_TILE;
-    at.runs = w->runs * HFLB_TILE;
-    at.first = w->groups * at.plain;
-    at.second = at.first + w->salient_groups * at.runs;
-    at.shift = at.second + w->salient_groups * at.runs;
-    at.run_shift = at.shift + (w->row_shift ? w->groups * at.plain : 0);
-    at.all = at.run_shift + (w->row_shift ? w->salient_groups * at.runs : 0);
-    return at;
+HFLB_INLINE void fetch(const uint8_t* from, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-inline void scale_token(const hflb_weight* w, const Layout* at, const hflb_token* x, int64_t row0, float* scales, float* out) {
-    const int64_t G = w->groups, S = w->salient_groups, groups = at->plain / HFLB_TILE;
-    const float none[HFLB_TILE] = {0};
-    Rows fix = rows_of_floats(none);
-    for (int64_t h = 0; h < G; ++h)
-        fix = plain_scales(w, w->row_scale, S + h, row0, &x->plain, x->plain.sum + h * groups, -1, scales + h * at->plain, fix);
-    for (int64_t h = 0; h < S; ++h) {
-        const int64_t own = h * at->runs, sums = h * w->runs;
-        fix = run_scales(w, w->row_scale, h, row0, &x->first, x->first.sum + sums, -1, scales + at->first + own, fix);
-        fix = run_scales(w, w->row_scale, S + G + h, row0, &x->second, x->second.sum + sums, -1, scales + at->second + own, fix);
-    }
-    if (w->row_shift) {
-        // sum of shift[code] * x = shift[0] * sum of x + (shift[1] - shift[0]) * sum of x where the code is 1
-        for (int64_t h = 0; h < G; ++h)
-            fix = plain_scales(
-                w, w->row_shift, S + h, row0, &x->plain, x->plain.sum, h ? 0 : 1, scales + at->shift + h * at->plain, fix
-            );
-        for (int64_t h = 0; h < S; ++h)
-            fix = run_scales(
-                w, w->row_shift, h, row0, &x->first, x->first.sum, h ? 0 : 1, scales + at->run_shift + h * at->runs, fix
-            );
-    }
-    put(out, fix);
-}
-
-template <int PLANES>
-inline void tile(const hflb_work* work, int64_t row0, float* out) {
-    const hflb_weight* w = work->weight;
-    const Layout at = layout_of(w);
-    const int64_t groups = at.plain / HFLB_TILE, bytes = groups * 16, run_bytes = w->runs * 2;
-    const int64_t G = w->groups, S = w->salient_groups, left = w->rows - row0;
-    const int64_t count = left < HFLB_TILE ? left : HFLB_TILE;
-    const int64_t plain_code = groups * PLANES * HFLB_GROUP, run_code = w->runs / 8 * PLANES * HFLB_GROUP;
-    uint8_t* buffer = (uint8_t*)(work->scratch + work->count * at.all);
-    const int64_t size = 4 * (bytes + 64), run_size = 4 * (run_bytes + 64);
-    uint8_t* const row[PAIR] = {buffer, buffer + size};
-    uint8_t* const first[PAIR] = {buffer + 2 * size, buffer + 2 * size + run_size};
-    uint8_t* const second[PAIR] = {first[1] + run_size, first[1] + 2 * run_size};
-
-    for (int64_t m = 0; m < work->count; ++m)
-        scale_token(w, &at, work->tokens + m, row0, work->scratch + m * at.all, out + m * HFLB_TILE);
-    for (int64_t r = 0; r < count; r += PAIR) {
-        const int64_t other = r + 1 < count ? 1 : 0;  // a last row without a partner is its own
-        const int which[PAIR] = {(int)(r % 4), (int)((r + other) % 4)};
-        for (int i = 0; i < PAIR; ++i) {
-            const int64_t n = row0 + r + i * other;
-            const uint8_t* codes = G > 1 ? w->group + n * bytes : 0;
-            prepare(w->sign + n * bytes, codes, w->keep ? w->keep + n * bytes : 0, bytes, row[i]);
-            if (!S) continue;
-            const int64_t plane = w->rows * run_bytes;
-            const uint8_t* planes = w->run_planes + n * run_bytes;
-            const uint8_t* run_codes = S > 1 ? planes + plane : 0;
-            const uint8_t* run_keep = w->keep ? planes + 3 * plane : 0;
-            prepare(planes, run_codes, run_keep, run_bytes, first[i]);
-            prepare(planes + 2 * plane, run_codes, run_keep, run_bytes, second[i]);
-        }
-        for (int64_t m = 0; m < work->count; ++m) {
-            const hflb_token* x = work->tokens + m;
-            const float* scales = work->scratch + m * at.all;
-            const float* plain = scales + r;
-            const float* runs = scales + at.first + r / 4 * RUNS * 4;
-            Floats sum[PAIR] = {no_floats(), no_floats()}, less[PAIR] = {no_floats(), no_floats()};
-            if (G == 1) {
-                plain_pair<EVERY, PLANES>(row, bytes, x->plain.bytes, plain, other, sum);
-            } else {
-                plain_pair<0, PLANES>(row, bytes, x->plain.bytes, plain, other, sum);
-                plain_pair<1, PLANES>(row, bytes, x->plain.bytes + plain_code, plain + at.plain, other, sum);
-            }
-            for (int plane = 0; plane < 2 && S; ++plane, runs += S * at.runs) {
-                const int8_t* digits = plane ? x->second.bytes : x->first.bytes;
-                const uint8_t* const* from = plane ? second : first;
-                if (S == 1) {
-                    run_pair<EVERY, PLANES>(from, run_bytes, digits, runs, which, sum);
-                } else {
-                    run_pair<0, PLANES>(from, run_bytes, digits, runs, which, sum);
-                    run_pair<1, PLANES>(from, run_bytes, digits + run_code, runs + at.runs, which, sum);
-                }
-            }
-            if (w->row_shift && G > 1) {
-                const float* own = scales + at.shift + r;
-                plain_pair<ITSELF, PLANES>(row, bytes, x->plain.bytes, own + at.plain, other, sum);
-                plain_pair<ITSELF, PLANES>(row, bytes, x->plain.bytes, own, other, less);
-            }
-            if (w->row_shift && S > 1) {
-                const float* own = scales + at.run_shift + r / 4 * RUNS * 4;
-                run_pair<ITSELF, PLANES>(first, run_bytes, x->first.bytes, own + at.runs, which, sum);
-                run_pair<ITSELF, PLANES>(first, run_bytes, x->first.bytes, own, which, less);
-            }
-            for (int64_t i = 0; i <= other; ++i) out[m * HFLB_TILE + r + i] += total(minus(sum[i], less[i]));
-        }
-    }
-}
-
-// The scale of one row in one block.
-inline float one_scale(const hflb_weight* w, const void* table, int64_t entry, int64_t block, int64_t row) {
-    const int64_t at = (entry * w->blocks + block) * w->rows + row;
-    if (w->scale_dtype == HFLB_F32) return ((const float*)table)[at];
-    const uint16_t half = ((const uint16_t*)table)[at];
-    return w->scale_dtype == HFLB_F16 ? hflb_half_to_float(half) : hflb_brain_to_float(half);
-}
-
-// +-scale * column scale + shift of 16 columns or slots; `code` is null where there is one code.
-inline Rows values_of(
-    const uint8_t* sign, const uint8_t* code, const uint8_t* keep, int bit, const float* columns, int64_t other,
-    const float* scale, const float* shift
+// High and low bits of the weights for code `h`; where a position is pruned the code is another.
+HFLB_INLINE void sign_bits(
+    const hflb_weight* w, const Planes* from, int64_t group, int64_t coded, int64_t h, Bytes* high, Bytes* low
 ) {
-    const Rows none = rows_of_one(0.0f);
-    Rows value = times(rows_of_floats(columns), scale[0]), offset = rows_of_one(shift[0]);
-    if (code) {
-        value = choose(code, bit, times(rows_of_floats(columns + other), scale[1]), value);
-        offset = choose(code, bit, rows_of_one(shift[1]), offset);
-    }
-    value = sum_of(choose(sign, bit, value, product(value, rows_of_one(-1.0f))), offset);
-    return keep ? choose(keep, bit, value, none) : value;
-}
-
-inline void expand(const hflb_weight* w, int64_t row, float* out, float* buffer) {
-    const int64_t groups = (w->columns + HFLB_GROUP - 1) / HFLB_GROUP, G = w->groups, S = w->salient_groups;
-    const int64_t bytes = groups * 16, run_bytes = w->runs * 2, in_block = w->block_size / HFLB_GROUP;
-    float scale[4], shift[2] = {0, 0}, none[2] = {0, 0};
-    for (int64_t g = 0; g < groups; ++g) {
-        if (g % in_block == 0)
-            for (int64_t h = 0; h < G; ++h) {
-                scale[h] = one_scale(w, w->row_scale, S + h, g / in_block, row);
-                if (w->row_shift) shift[h] = one_scale(w, w->row_shift, S + h, g / in_block, row);
-            }
-        const int64_t at = row * bytes + g * 16;
-        for (int bit = 0; bit < 8; ++bit)
-            put(out + g * HFLB_GROUP + bit * 16,
-                values_of(
-                    w->sign + at, G > 1 ? w->group + at : 0, w->keep ? w->keep + at : 0, bit,
-                    w->plain_scale + g * HFLB_GROUP + bit * 16, groups * HFLB_GROUP, scale, shift
-                ));
-    }
-    const int64_t plane = w->rows * run_bytes, slots = w->runs * HFLB_RUN;
-    for (int64_t run = 0; run < w->runs; ++run) {
-        const int64_t block = w->run_block[run];
-        for (int64_t h = 0; h < S; ++h) {
-            scale[h] = one_scale(w, w->row_scale, h, block, row);
-            scale[2 + h] = one_scale(w, w->row_scale, S + G + h, block, row);
-            if (w->row_shift) shift[h] = one_scale(w, w->row_shift, h, block, row);
+    const Bytes* sign = from->sign + group * WORDS;
+    const Bytes* codes = from->code + group * WORDS;
+    const Bytes* keep = from->keep + group * WORDS;
+    for (int k = 0; k < WORDS; ++k) {
+        if (!coded && !w->keep) {
+            high[k] = sign[k], low[k] = no_bytes();
+            continue;
         }
-        const uint8_t* planes = w->run_planes + row * run_bytes + run / 8 * 16;
-        const uint8_t* codes = S > 1 ? planes + plane : 0;
-        const uint8_t* keep = w->keep ? planes + 3 * plane : 0;
-        const int bit = (int)(run % 8);
-        const float* first = w->first_scale + run * HFLB_RUN;
-        const float* second = w->second_scale + run * HFLB_RUN;
-        put(buffer, sum_of(
-            values_of(planes, codes, keep, bit, first, slots, scale, shift),
-            values_of(planes + 2 * plane, codes, keep, bit, second, slots, scale + 2, none)
-        ));
-        for (int i = 0; i < HFLB_RUN; ++i)
-            if (w->run_column[run * HFLB_RUN + i] >= 0) out[w->run_column[run * HFLB_RUN + i]] = buffer[i];
+        Bytes is = !coded ? keep[k] : h ? codes[k] : inverse(codes[k]);
+        if (coded && w->keep) is = both(is, keep[k]);
+        high[k] = both(is, sign[k]), low[k] = inverse(is);
     }
 }
 
-inline void any_tile(const hflb_work* work, int64_t row0, float* out) {
-    if (work->planes == 1) tile<1>(work, row0, out);
-    else if (work->planes == 2) tile<2>(work, row0, out);
-    else tile<3>(work, row0, out);
+// The same for weights that are 1 where the code is `h`, else 0.
+HFLB_INLINE void code_bits(
+    const hflb_weight* w, const Planes* from, int64_t group, int64_t coded, int64_t h, Bytes* high, Bytes* low
+) {
+    const Bytes* codes = from->code + group * WORDS;
+    const Bytes* keep = from->keep + group * WORDS;
+    for (int k = 0; k < WORDS; ++k) {
+        Bytes is = !coded ? keep[k] : h ? codes[k] : inverse(codes[k]);
+        if (coded && w->keep) is = both(is, keep[k]);
+        high[k] = no_bytes(), low[k] = is;
+    }
+}
+
+// The bits of a plane's weights in pairs, ready for `weights`.
+struct Pairs {
+    Bytes even[WORDS], odd[WORDS];
+};
+
+// What one code's sums of 16 rows need. Returns 0 where every weight is 1 and no product is needed.
+HFLB_INLINE int pairs_of(
+    const hflb_weight* w, const Planes* planes, int64_t group, int64_t coded, int64_t code, int64_t shift, Pairs* to
+) {
+    Bytes high[WORDS], low[WORDS];
+    if (shift && !coded && !w->keep) return 0;
+    if (shift) code_bits(w, planes, group, coded, code, high, low);
+    else sign_bits(w, planes, group, coded, code, high, low);
+    for (int k = 0; k < WORDS; ++k) to->even[k] = evens(high[k], low[k]), to->odd[k] = odds(high[k], low[k]);
+    return 1;
+}
+
+// The digits' sums as one, from the most significant on.
+template <int DIGITS>
+HFLB_INLINE Ints joined(const Sums* sum, int32_t start) {
+    Ints all = total(sum[0]);
+    for (int d = 1; d < DIGITS; ++d) all = plus(shift_up(all), total(sum[d]));
+    return plus(all, spread(start));
+}
+
+// Sums of the 16 columns of one bit position.
+template <int DIGITS, int HALVES>
+HFLB_INLINE void add_words(const Pairs* pairs, int bit, const int8_t* digits, Sums (*sum)[DIGITS]) {
+#pragma GCC unroll 4
+    for (int k = 0; k < WORDS; ++k) {
+        Four x[DIGITS];
+        for (int d = 0; d < DIGITS; ++d) x[d] = four_of(digits + d * HFLB_GROUP + k * 4);
+        for (int h = 0; h < HALVES; ++h) {
+            const Bytes weight = weights(bit % 2 ? pairs[h].odd[k] : pairs[h].even[k], bit / 2);
+            for (int d = 0; d < DIGITS; ++d) sum[h][d] = dot(sum[h][d], weight, x[d]);
+        }
+    }
+}
+
+// Sums of 128 columns: HALVES times 16 rows, which share what is loaded of the activations, and TOKENS tokens, which
+// share the weights.
+template <int DIGITS, int TOKENS, int HALVES>
+HFLB_INLINE void products(const Pairs* pairs, const int8_t* const* digits, const int32_t* start, Ints (*out)[HALVES]) {
+    Sums sum[TOKENS][HALVES][DIGITS];
+    for (int t = 0; t < TOKENS; ++t)
+        for (int h = 0; h < HALVES; ++h)
+            for (int d = 0; d < DIGITS; ++d) sum[t][h][d] = no_sums();
+#pragma GCC unroll 4
+    for (int k = 0; k < WORDS; ++k) {
+#pragma GCC unroll 8
+        for (int bit = 0; bit < BITS; ++bit) {
+            Bytes weight[HALVES];
+            for (int h = 0; h < HALVES; ++h) weight[h] = weights(bit % 2 ? pairs[h].odd[k] : pairs[h].even[k], bit / 2);
+            for (int t = 0; t < TOKENS; ++t)
+                for (int d = 0; d < DIGITS; ++d) {
+                    const Four x = four_of(digits[t] + d * HFLB_GROUP + bit * 16 + k * 4);
+                    for (int h = 0; h < HALVES; ++h) sum[t][h][d] = dot(sum[t][h][d], weight[h], x);
+                }
+        }
+    }
+    for (int t = 0; t < TOKENS; ++t)
+        for (int h = 0; h < HALVES; ++h) out[t][h] = joined<DIGITS>(sum[t][h], start[t]);
+}
+
+HFLB_INLINE Floats add_scaled(Floats to, Floats scale, float unit, Ints value) {
+    return fma(times(scale, spread(unit)), to_floats(value), to);
+}
+
+// Plain columns of one group of 128, for TOKENS tokens from x on.
+template <int DIGITS, int TOKENS, int HALVES>
+HFLB_INLINE void plain_group(
+    const hflb_weight* w, const hflb_token* x, int64_t row0, int64_t g, const Planes* planes, Floats (*sums)[HALVES]
+) {
+    const int64_t groups = (w->columns + HFLB_GROUP - 1) / HFLB_GROUP, G = w->groups;
+    const int64_t block = g / (w->block_size / HFLB_GROUP);
+    for (int64_t n = 0; n < (w->row_shift ? 2 * G : G); ++n) {
+        const int64_t code = n % G, shift = n >= G;  // with shifts column scales are 1: one set of digits for both codes
+        const int64_t at = (shift ? 0 : code) * groups + g;
+        const void* table = shift ? w->row_shift : w->row_scale;
+        const int64_t entries = shift ? shift_entries(w) : scale_entries(w);
+        Pairs pairs[HALVES];
+        const int8_t* digits[TOKENS];
+        int32_t start[TOKENS];
+        Ints out[TOKENS][HALVES];
+        int needed = 1;
+        for (int h = 0; h < HALVES; ++h) needed = pairs_of(w, planes + h, g % STRIP, G > 1, code, shift, pairs + h);
+        for (int t = 0; t < TOKENS; ++t) {
+            digits[t] = x[t].plain.bytes + at * DIGITS * HFLB_GROUP;
+            start[t] = shift ? 0 : -x[t].plain.sum[at];
+            for (int h = 0; h < HALVES; ++h) out[t][h] = spread(x[t].plain.sum[at]);
+        }
+        if (needed) products<DIGITS, TOKENS, HALVES>(pairs, digits, start, out);
+        for (int h = 0; h < HALVES; ++h) {
+            const Floats scale = scales_of(w, table, entries, w->salient_groups + code, block, row0 + h * HFLB_TILE);
+            for (int t = 0; t < TOKENS; ++t) sums[t][h] = add_scaled(sums[t][h], scale, x[t].plain.scale[g], out[t][h]);
+        }
+    }
+}
+
+// One plane of the salient columns in one group of eight runs; `part` is 1 for the second plane.
+template <int DIGITS, int TOKENS, int HALVES>
+HFLB_INLINE void run_group(
+    const hflb_weight* w, const hflb_token* tokens, int64_t row0, int64_t g, int part, const Planes* planes,
+    Floats (*sums)[HALVES]
+) {
+    const int64_t G = w->groups, S = w->salient_groups;
+    for (int64_t n = 0; n < (w->row_shift && !part ? 2 * S : S); ++n) {
+        const int64_t code = n % S, shift = n >= S, entry = (part ? S + G : 0) + code;
+        const int64_t at = (shift ? 0 : code) * (w->runs / BITS) + g;
+        const void* table = shift ? w->row_shift : w->row_scale;
+        const int64_t entries = shift ? shift_entries(w) : scale_entries(w);
+        Pairs pairs[HALVES];
+        int needed = 1;
+        for (int h = 0; h < HALVES; ++h) needed = pairs_of(w, planes + h, g % STRIP, S > 1, code, shift, pairs + h);
+#pragma GCC unroll 8
+        for (int bit = 0; bit < BITS; ++bit) {
+            Floats scale[HALVES];
+            for (int h = 0; h < HALVES; ++h)
+                scale[h] = scales_of(w, table, entries, entry, w->run_block[g * BITS + bit], row0 + h * HFLB_TILE);
+            for (int t = 0; t < TOKENS; ++t) {
+                const hflb_digits* x = part ? &tokens[t].second : &tokens[t].first;
+                const int8_t* digits = x->bytes + at * DIGITS * HFLB_GROUP + bit * HFLB_RUN;
+                const int32_t plain = x->sum[at * BITS + bit];
+                Sums sum[HALVES][DIGITS];
+                for (int h = 0; h < HALVES; ++h)
+                    for (int d = 0; d < DIGITS; ++d) sum[h][d] = no_sums();
+                if (needed) add_words<DIGITS, HALVES>(pairs, bit, digits, sum);
+                const int32_t start = !needed ? plain : shift ? 0 : -plain;
+                for (int h = 0; h < HALVES; ++h)
+                    sums[t][h] = add_scaled(sums[t][h], scale[h], x->scale[g], joined<DIGITS>(sum[h], start));
+            }
+        }
+    }
+}
+
+// Reading ahead: hardware follows the planes of so many rows badly. Group g's share of what the next rows need.
+HFLB_INLINE void fetch_ahead(const hflb_weight* w, int64_t row0, int64_t rows, int64_t g, int64_t groups) {
+    const int64_t next = row0 + rows, in_block = w->block_size / HFLB_GROUP, block = g / in_block;
+    if (next + rows > w->rows) return;
+    const int64_t step = rows * 16, at = next * groups * 16 + g * step;
+    fetch(w->sign + at, step);
+    if (w->groups > 1) fetch(w->group + at, step);
+    if (w->keep) fetch(w->keep + at, step);
+    if (g % in_block || next % HFLB_STRIP) return;
+    const int64_t size = HFLB_STRIP * (w->scale_dtype == HFLB_F32 ? 4 : 2);
+    fetch(scales_at(w, w->row_scale, scale_entries(w), block, next), scale_entries(w) * size);
+    if (w->row_shift) fetch(scales_at(w, w->row_shift, shift_entries(w), block, next), shift_entries(w) * size);
+}
+
+// The same for one group of runs.
+HFLB_INLINE void fetch_runs_ahead(const hflb_weight* w, int64_t row0, int64_t rows, int64_t g) {
+    const int64_t bytes = w->runs * 2, next = row0 + rows, step = rows * 16;
+    if (next + rows > w->rows) return;
+    for (int64_t plane = 0; plane < (w->keep ? 4 : 3); ++plane)
+        if (plane != 1 || w->salient_groups > 1) fetch(w->run_planes + (plane * w->rows + next) * bytes + g * step, step);
+}
+
+// HALVES times 16 rows for TOKENS tokens from number m on.
+template <int DIGITS, int TOKENS, int HALVES>
+inline void tile(const hflb_work* work, int64_t row0, int64_t m) {
+    const hflb_weight* w = work->weight;
+    const hflb_token* x = work->tokens + m;
+    const int64_t groups = (w->columns + HFLB_GROUP - 1) / HFLB_GROUP, run_groups = w->runs / BITS;
+    const int64_t bytes = groups * 16, run_bytes = w->runs * 2, plane = w->rows * run_bytes;
+    int64_t at[HALVES * HFLB_TILE], run_at[HALVES * HFLB_TILE];
+    for (int r = 0; r < HALVES * HFLB_TILE; ++r) {  // a row beyond the last is read as the last, and its sum dropped
+        const int64_t row = row0 + r < w->rows ? row0 + r : w->rows - 1;
+        at[r] = row * bytes, run_at[r] = row * run_bytes;
+    }
+    Floats sums[TOKENS][HALVES];
+    Planes planes[HALVES];
+    for (int h = 0; h < HALVES; ++h) {
+        for (int t = 0; t < TOKENS; ++t) sums[t][h] = spread(0.0f);
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+        if (!m) fetch_ahead(w, row0, HALVES * HFLB_TILE, g, groups);
+        const int64_t strip = groups - g < STRIP ? groups - g : STRIP;
+        for (int h = 0; h < HALVES && g % STRIP == 0; ++h) {
+            load_rows(w->sign + g * 16, at + h * HFLB_TILE, strip, planes[h].sign);
+            if (w->groups > 1) load_rows(w->group + g * 16, at + h * HFLB_TILE, strip, planes[h].code);
+            if (w->keep) load_rows(w->keep + g * 16, at + h * HFLB_TILE, strip, planes[h].keep);
+        }
+        plain_group<DIGITS, TOKENS, HALVES>(w, x, row0, g, planes, sums);
+    }
+    for (int64_t from = 0; from < run_groups; from += STRIP) {
+        const uint8_t* own = w->run_planes + from * 16;
+        const int64_t strip = run_groups - from < STRIP ? run_groups - from : STRIP;
+        for (int h = 0; h < HALVES; ++h) {
+            if (w->salient_groups > 1) load_rows(own + plane, run_at + h * HFLB_TILE, strip, planes[h].code);
+            if (w->keep) load_rows(own + 3 * plane, run_at + h * HFLB_TILE, strip, planes[h].keep);
+        }
+        for (int part = 0; part < 2; ++part) {
+            for (int h = 0; h < HALVES; ++h)
+                load_rows(own + 2 * part * plane, run_at + h * HFLB_TILE, strip, planes[h].sign);
+            for (int64_t g = from; g < from + strip; ++g) {
+                if (!m && !part) fetch_runs_ahead(w, row0, HALVES * HFLB_TILE, g);
+                run_group<DIGITS, TOKENS, HALVES>(w, x, row0, g, part, planes, sums);
+            }
+        }
+    }
+    const int64_t left = w->rows - row0, count = left < HALVES * HFLB_TILE ? left : HALVES * HFLB_TILE;
+    for (int t = 0; t < TOKENS; ++t) {
+        float out[HALVES * HFLB_TILE];
+        for (int h = 0; h < HALVES; ++h) store(out + h * HFLB_TILE, sums[t][h]);
+        if (work->bias)
+            for (int64_t i = 0; i < count; ++i) out[i] += hflb_value(work->bias, work->dtype, row0 + i);
+        hflb_store(work->y, work->dtype, (m + t) * w->rows + row0, out, count);
+    }
+}
+
+// Rows from `row0` to `end`: as many rows or tokens at once as there are registers for.
+template <int DIGITS>
+inline void all_tokens(const hflb_work* work, int64_t row0, int64_t end) {
+    int64_t m = 0;
+    for (; AT_ONCE >= 4 && m + 4 <= work->count; m += 4)
+        for (int64_t row = row0; row < end; row += HFLB_TILE) tile<DIGITS, AT_ONCE >= 4 ? 4 : 1, 1>(work, row, m);
+    for (; AT_ONCE >= 2 && m + 2 <= work->count; m += 2)
+        for (int64_t row = row0; row < end; row += HFLB_TILE) tile<DIGITS, AT_ONCE >= 2 ? 2 : 1, 1>(work, row, m);
+    for (; m < work->count; ++m) {
+        int64_t row = row0;
+        for (; AT_ONCE > 1 && row + AT_ONCE * HFLB_TILE <= end; row += AT_ONCE * HFLB_TILE) tile<DIGITS, 1, AT_ONCE>(work, row, m);
+        for (; row < end; row += HFLB_TILE) tile<DIGITS, 1, 1>(work, row, m);
+    }
+}
+
+inline void any_rows(const hflb_work* work, int64_t row0, int64_t end) {
+    if (work->digits == 1) all_tokens<1>(work, row0, end);
+    else if (work->digits == 2) all_tokens<2>(work, row0, end);
+    else all_tokens<3>(work, row0, end);
+}
+
+// Activations -------------------------------------------------------------------------------------------------------
+
+// Largest integer that `digits` signed bytes hold, each from -128 to 127; a little less where floats round.
+inline float limit_of(int64_t digits) { return digits == 1 ? 127.0f : digits == 2 ? 32639.0f : 8355000.0f; }
+
+// Values [codes][groups * 128] as integers; codes share a scale. `width`: columns whose sums are wanted, 128 or 16.
+inline void to_digits(const float* values, int64_t codes, int64_t groups, int64_t digits, int64_t width, const hflb_digits* to) {
+    const int64_t columns = groups * HFLB_GROUP, parts = HFLB_GROUP / width;
+    for (int64_t g = 0; g < groups; ++g) {
+        Floats largest = spread(0.0f);
+        for (int64_t h = 0; h < codes; ++h)
+            for (int i = 0; i < HFLB_GROUP; i += 16)
+                largest = larger(largest, magnitude(load(values + h * columns + g * HFLB_GROUP + i)));
+        float all[16], most = 0.0f;
+        store(all, largest);
+        for (int i = 0; i < 16; ++i) most = all[i] > most ? all[i] : most;
+        const float factor = most > 0.0f ? limit_of(digits) / most : 0.0f;
+        const Floats safe = spread(factor <= 3.0e38f ? factor : 0.0f);  // the reciprocal of a denormal overflows
+        to->scale[g] = most / limit_of(digits);
+        for (int64_t h = 0; h < codes; ++h) {
+            int8_t* bytes = to->bytes + (h * groups + g) * digits * HFLB_GROUP;
+            Ints sum = spread((int32_t)0);
+            for (int i = 0; i < HFLB_GROUP; i += 16) {
+                Ints rest = to_ints(times(load(values + h * columns + g * HFLB_GROUP + i), safe));
+                if (parts == 1) sum = plus(sum, rest);
+                else to->sum[(h * groups + g) * parts + i / 16] = sum_of(rest);
+                for (int64_t d = digits - 1; d >= 0; --d, rest = next_digit(rest)) store_digit(bytes + d * HFLB_GROUP + i, rest);
+            }
+            if (parts == 1) to->sum[h * groups + g] = sum_of(sum);
+        }
+    }
+}
+
+inline Floats load_any(const void* from, int64_t dtype, int64_t at) {
+    if (dtype == HFLB_F32) return load((const float*)from + at);
+    return dtype == HFLB_F16 ? from_halves((const uint16_t*)from + at) : from_brains((const uint16_t*)from + at);
+}
+
+// One token, x [columns]; returns 0 if it holds NaN or infinity, which have no integer. `values` has room for
+// padded + max(groups * padded, salient_groups * runs * 16) floats.
+inline int make_token(const hflb_weight* w, const void* x, int64_t dtype, int64_t digits, float* values, const hflb_token* to) {
+    const int64_t groups = (w->columns + HFLB_GROUP - 1) / HFLB_GROUP, padded = groups * HFLB_GROUP;
+    const int64_t slots = w->runs * HFLB_RUN, full = w->columns / 16 * 16;
+    float* raw = values;
+    float* scaled = raw + padded;
+    Floats check = spread(0.0f);
+    for (int64_t j = 0; j < full; j += 16) {
+        const Floats own = load_any(x, dtype, j);
+        store(raw + j, own);
+        check = fma(own, spread(0.0f), check);
+    }
+    float checks[16], bad = 0.0f;
+    store(checks, check);
+    for (int i = 0; i < 16; ++i) bad += checks[i];
+    for (int64_t j = full; j < padded; ++j) {
+        raw[j] = j < w->columns ? hflb_value(x, dtype, j) : 0.0f;
+        bad += raw[j] * 0.0f;
+    }
+    if (bad != 0.0f) return 0;  // NaN
+    for (int64_t h = 0; h < w->groups; ++h)
+        for (int64_t j = 0; j < padded; j += 16)
+            store(scaled + h * padded + j, times(load(raw + j), load(w->plain_scale + h * padded + j)));
+    to_digits(scaled, w->groups, groups, digits, HFLB_GROUP, &to->plain);
+    for (int part = 0; part < 2 && w->runs; ++part) {
+        const float* column_scale = part ? w->second_scale : w->first_scale;
+        for (int64_t h = 0; h < w->salient_groups; ++h)
+            for (int64_t i = 0; i < slots; ++i) {
+                const float own = column_scale[h * slots + i];
+                scaled[h * slots + i] = own != 0.0f ? raw[w->run_column[i]] * own : 0.0f;
+            }
+        to_digits(scaled, w->salient_groups, w->runs / BITS, digits, HFLB_RUN, part ? &to->second : &to->first);
+    }
+    return 1;
 }
 
 }  // namespace

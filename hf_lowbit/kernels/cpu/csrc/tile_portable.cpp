@@ -1,139 +1,88 @@
-// Plain C++, for processors without a tile of their own. The same sums, one column at a time: slow, and said so.
+// Plain C++, for processors without a tile of their own. The same sums in plain loops: slow, and said so.
+#pragma GCC optimize("O2")  // unrolling would take minutes and gain nothing here
 #include "binary.h"
+
+#include <math.h>
+
+#define HFLB_INLINE inline
 
 namespace {
 
-const int WIDTH = 16;
-struct Bytes { int8_t v[16]; };
-struct Words { int32_t v[16]; };
 struct Floats { float v[16]; };
+struct Ints { int32_t v[16]; };
+struct Bytes { uint32_t v[16]; };
+typedef uint32_t Four;  // in the order of this processor, as Bytes are
+typedef Ints Sums;
+const int AT_ONCE = 1;
 
-inline Words zero() { return Words(); }
-inline Floats no_floats() { return Floats(); }
-inline Bytes load_bytes(const int8_t* from) {
-    Bytes out;
-    for (int i = 0; i < 16; ++i) out.v[i] = from[i];
-    return out;
+#define EACH(type, value) \
+    type out; \
+    for (int i = 0; i < 16; ++i) out.v[i] = (value); \
+    return out
+
+HFLB_INLINE Floats load(const float* from) { EACH(Floats, from[i]); }
+HFLB_INLINE void store(float* to, const Floats& value) { memcpy(to, value.v, sizeof value.v); }
+HFLB_INLINE Floats spread(float value) { EACH(Floats, value); }
+HFLB_INLINE Floats times(const Floats& a, const Floats& b) { EACH(Floats, a.v[i] * b.v[i]); }
+HFLB_INLINE Floats plus(const Floats& a, const Floats& b) { EACH(Floats, a.v[i] + b.v[i]); }
+HFLB_INLINE Floats fma(const Floats& a, const Floats& b, const Floats& c) { EACH(Floats, a.v[i] * b.v[i] + c.v[i]); }
+HFLB_INLINE Floats negated(const Floats& value) { EACH(Floats, -value.v[i]); }
+HFLB_INLINE Floats magnitude(const Floats& value) { EACH(Floats, fabsf(value.v[i])); }
+HFLB_INLINE Floats larger(const Floats& a, const Floats& b) { EACH(Floats, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+HFLB_INLINE Floats from_halves(const uint16_t* from) { EACH(Floats, hflb_half_to_float(from[i])); }
+HFLB_INLINE Floats from_brains(const uint16_t* from) { EACH(Floats, hflb_brain_to_float(from[i])); }
+template <int DTYPE>
+inline void store_as(void* to, int64_t at, const Floats& value) { hflb_store(to, DTYPE, at, value.v, 16); }
+// Sixteen columns: the first where bit `bit` of the bytes is 1, else the second.
+HFLB_INLINE Floats choose(const uint8_t* bytes, int bit, const Floats& yes, const Floats& no) {
+    EACH(Floats, bytes[i] >> bit & 1 ? yes.v[i] : no.v[i]);
 }
-// Four scales of one run: they are all that one_of_four looks at.
-inline Floats load_floats(const float* from) {
-    Floats out = Floats();
-    for (int i = 0; i < 4; ++i) out.v[i] = from[i];
-    return out;
-}
-inline Floats one_of_four(const Floats& value, int which) {
-    Floats out;
-    for (int i = 0; i < 16; ++i) out.v[i] = value.v[which];
-    return out;
-}
-inline Words dot(const Words& sum, const Bytes& weight, const Bytes& digits) {
-    Words out;
-    for (int i = 0; i < 16; ++i) out.v[i] = sum.v[i] + (int32_t)weight.v[i] * digits.v[i];
-    return out;
-}
-inline Words shift_up(const Words& value) {
-    Words out;
-    for (int i = 0; i < 16; ++i) out.v[i] = value.v[i] * 256;
-    return out;
-}
-inline Floats to_float(const Words& value) {
-    Floats out;
-    for (int i = 0; i < 16; ++i) out.v[i] = (float)value.v[i];
-    return out;
-}
-inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {
-    Floats out;
-    for (int i = 0; i < 16; ++i) out.v[i] = a.v[i] * b.v[i] + c.v[i];
-    return out;
-}
-inline Floats minus(const Floats& a, const Floats& b) {
-    Floats out;
-    for (int i = 0; i < 16; ++i) out.v[i] = a.v[i] - b.v[i];
-    return out;
-}
-inline Floats spread(float value) {
-    Floats out;
-    for (int i = 0; i < 16; ++i) out.v[i] = value;
-    return out;
-}
-inline float total(const Floats& value) {
-    float sum = 0.0f;
+
+HFLB_INLINE Ints spread(int32_t value) { EACH(Ints, value); }
+// unsigned, for sums may wrap on the way
+HFLB_INLINE Ints plus(const Ints& a, const Ints& b) { EACH(Ints, (int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
+HFLB_INLINE Ints shift_up(const Ints& value) { EACH(Ints, (int32_t)((uint32_t)value.v[i] << 8)); }
+HFLB_INLINE Floats to_floats(const Ints& value) { EACH(Floats, (float)value.v[i]); }
+HFLB_INLINE Ints to_ints(const Floats& value) { EACH(Ints, (int32_t)rintf(value.v[i])); }
+HFLB_INLINE int32_t sum_of(const Ints& value) {
+    int32_t sum = 0;
     for (int i = 0; i < 16; ++i) sum += value.v[i];
     return sum;
 }
-typedef Floats Rows;
-inline Rows rows_of_floats(const float* from) {
-    Rows out;
-    for (int i = 0; i < 16; ++i) out.v[i] = from[i];
-    return out;
+HFLB_INLINE void store_digit(int8_t* to, const Ints& value) {
+    for (int i = 0; i < 16; ++i) to[i] = (int8_t)(value.v[i] & 255);
 }
-inline Rows rows_of_halves(const uint16_t* from) {
-    Rows out;
-    for (int i = 0; i < 16; ++i) out.v[i] = hflb_half_to_float(from[i]);
-    return out;
-}
-inline Rows rows_of_brains(const uint16_t* from) {
-    Rows out;
-    for (int i = 0; i < 16; ++i) out.v[i] = hflb_brain_to_float(from[i]);
-    return out;
-}
-inline Rows times(const Rows& rows, float factor) {
-    Rows out;
-    for (int i = 0; i < 16; ++i) out.v[i] = rows.v[i] * factor;
-    return out;
-}
-inline Rows add(const Rows& sum, const Rows& rows, float factor) { return fma(rows, spread(factor), sum); }
-inline void put(float* to, const Rows& rows) {
-    for (int i = 0; i < 16; ++i) to[i] = rows.v[i];
-}
-// Sixteen columns: the first where bit `bit` of the bytes is 1, else the second.
-inline Rows choose(const uint8_t* bytes, int bit, const Rows& yes, const Rows& no) {
-    Rows out;
-    for (int i = 0; i < 16; ++i) out.v[i] = bytes[i] >> bit & 1 ? yes.v[i] : no.v[i];
-    return out;
-}
-inline Rows product(const Rows& a, const Rows& b) {
-    Rows out;
-    for (int i = 0; i < 16; ++i) out.v[i] = a.v[i] * b.v[i];
-    return out;
-}
-inline Rows sum_of(const Rows& a, const Rows& b) {
-    Rows out;
-    for (int i = 0; i < 16; ++i) out.v[i] = a.v[i] + b.v[i];
-    return out;
-}
-inline Rows rows_of_one(float value) { return spread(value); }
-inline void put_quads(float* to, int64_t apart, const Rows& rows) {
-    for (int i = 0; i < 16; ++i) to[i / 4 * apart + i % 4] = rows.v[i];
+HFLB_INLINE Ints next_digit(const Ints& value) { EACH(Ints, (value.v[i] - (int8_t)(value.v[i] & 255)) / 256); }
+
+HFLB_INLINE Bytes no_bytes() { return Bytes(); }
+HFLB_INLINE Bytes both(const Bytes& a, const Bytes& b) { EACH(Bytes, a.v[i] & b.v[i]); }
+HFLB_INLINE Bytes inverse(const Bytes& value) { EACH(Bytes, ~value.v[i]); }
+const uint32_t EVEN = 0x55555555;
+HFLB_INLINE Bytes evens(const Bytes& high, const Bytes& low) { EACH(Bytes, (low.v[i] & EVEN) | (high.v[i] << 1 & ~EVEN)); }
+HFLB_INLINE Bytes odds(const Bytes& high, const Bytes& low) { EACH(Bytes, (low.v[i] >> 1 & EVEN) | (high.v[i] & ~EVEN)); }
+HFLB_INLINE Bytes weights(const Bytes& pairs, int pair) { EACH(Bytes, pairs.v[i] >> (2 * pair) & 0x03030303); }
+HFLB_INLINE void load_rows(const uint8_t* from, const int64_t* at, int64_t groups, Bytes* to) {
+    for (int64_t k = 0; k < 4 * groups; ++k)
+        for (int i = 0; i < 16; ++i) memcpy(&to[k].v[i], from + at[i] + 4 * k, 4);
 }
 
-// Four arrays of `bytes` bytes: sign where the code is 0, sign where it is 1, where the code is not 0, where it is 1. A
-// pruned position has neither code.
-inline void prepare(const uint8_t* sign, const uint8_t* code, const uint8_t* keep, int64_t bytes, uint8_t* to) {
-    for (int64_t i = 0; i < bytes; ++i) {
-        const uint8_t codes = code ? code[i] : 0, kept = keep ? keep[i] : 0xff;
-        const uint8_t not0 = (uint8_t)(codes | ~kept), is1 = codes & kept;
-        to[i] = (uint8_t)(sign[i] & ~not0);
-        to[bytes + i] = sign[i] & is1;
-        to[2 * bytes + i] = not0;
-        to[3 * bytes + i] = is1;
-    }
+HFLB_INLINE Sums no_sums() { return Sums(); }
+HFLB_INLINE Four four_of(const int8_t* digits) {
+    Four four;
+    memcpy(&four, digits, 4);
+    return four;
 }
-
-template <int CODE>
-inline Bytes weights(const uint8_t* from, int64_t bytes, int64_t at, int step) {
-    Bytes out;
-    for (int j = 0; j < 16; ++j) {
-        const int code = from[(CODE == 1 || CODE == ITSELF ? 3 : 2) * bytes + at + j] >> step & 1;
-        const int sign = from[(CODE == 1 ? bytes : 0) + at + j] >> step & 1;
-        out.v[j] = (int8_t)(CODE == ITSELF ? code : 2 * sign + (CODE == 1 ? !code : code));
-    }
+HFLB_INLINE Sums dot(const Sums& sum, const Bytes& weight, Four x) {
+    Sums out = sum;
+    for (int i = 0; i < 16; ++i)
+        for (int at = 0; at < 32; at += 8) out.v[i] += (int32_t)(weight.v[i] >> at & 3) * (int8_t)(x >> at & 255);
     return out;
 }
+HFLB_INLINE Ints total(const Sums& sum) { return sum; }
 
 }  // namespace
 
+#include "expand.h"
 #include "tile.h"
 
-extern "C" void hflb_tile_portable(const hflb_work* work, int64_t row0, float* out) { any_tile(work, row0, out); }
-extern "C" void hflb_expand_portable(const hflb_weight* w, int64_t row, float* out, float* buffer) { expand(w, row, out, buffer); }
+extern "C" const hflb_kernels hflb_portable = {make_token, any_rows, expand_rows};

@@ -1,0 +1,142 @@
+// Dense rows from the planes, for any instruction set; tile.h tells what the including file defines.
+
+namespace {
+
+// Where the scales of a row begin that a table of so many entries has for a block.
+HFLB_INLINE const uint8_t* scales_at(const hflb_weight* w, const void* table, int64_t entries, int64_t block, int64_t row) {
+    const int64_t size = w->scale_dtype == HFLB_F32 ? 4 : 2;
+    return (const uint8_t*)table + ((row / HFLB_STRIP * w->blocks + block) * entries * HFLB_STRIP + row % HFLB_STRIP) * size;
+}
+
+// Scales of 16 rows, 0 beyond the last; `row0` is a multiple of 16.
+HFLB_INLINE Floats scales_of(
+    const hflb_weight* w, const void* table, int64_t entries, int64_t entry, int64_t block, int64_t row0
+) {
+    const uint8_t* from = scales_at(w, table, entries, block, row0) + entry * HFLB_STRIP * (w->scale_dtype == HFLB_F32 ? 4 : 2);
+    if (w->scale_dtype == HFLB_F32) return load((const float*)from);
+    return w->scale_dtype == HFLB_F16 ? from_halves((const uint16_t*)from) : from_brains((const uint16_t*)from);
+}
+
+HFLB_INLINE int64_t scale_entries(const hflb_weight* w) { return 2 * w->salient_groups + w->groups; }
+HFLB_INLINE int64_t shift_entries(const hflb_weight* w) { return w->salient_groups + w->groups; }
+
+// Scales and shifts of 16 rows as floats: [entry][block][row]. In the file those of one row lie far apart.
+struct Scales {
+    const float* scale;
+    const float* shift;  // null without
+};
+
+HFLB_INLINE Scales gather_scales(const hflb_weight* w, int64_t row0, float* to) {
+    const int64_t scales = scale_entries(w), shifts = w->row_shift ? shift_entries(w) : 0;
+    const Scales found = {to, shifts ? to + scales * w->blocks * HFLB_TILE : 0};
+    for (int64_t entry = 0; entry < scales + shifts; ++entry)
+        for (int64_t block = 0; block < w->blocks; ++block, to += HFLB_TILE)
+            store(
+                to, entry < scales ? scales_of(w, w->row_scale, scales, entry, block, row0)
+                                   : scales_of(w, w->row_shift, shifts, entry - scales, block, row0)
+            );
+    return found;
+}
+
+// +-scale * column scale + shift of 16 columns or slots; `code`, `keep` and `shift` are null where there are none.
+HFLB_INLINE Floats values_of(
+    const uint8_t* sign, const uint8_t* code, const uint8_t* keep, int bit, const float* columns, int64_t other,
+    const Floats* scale, const Floats* shift
+) {
+    Floats value = times(load(columns), scale[0]);
+    if (code) value = choose(code, bit, times(load(columns + other), scale[1]), value);
+    value = choose(sign, bit, value, negated(value));
+    if (shift) value = plus(value, code ? choose(code, bit, shift[1], shift[0]) : shift[0]);
+    return keep ? choose(keep, bit, value, spread(0.0f)) : value;
+}
+
+// Plain columns of one row, all but those after the last multiple of 16.
+template <int DTYPE, int CODED>
+HFLB_INLINE void expand_plain(const hflb_weight* weight, Scales table, int64_t row, int64_t r, void* out) {
+    const hflb_weight w = *weight;  // a copy, which no store can change
+    const int64_t groups = (w.columns + HFLB_GROUP - 1) / HFLB_GROUP, bytes = groups * 16, in_block = w.block_size / HFLB_GROUP;
+    Floats scale[2], offset[2];
+    const Floats* shift = w.row_shift ? offset : 0;
+    for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t h = 0; g % in_block == 0 && h <= CODED; ++h) {
+            scale[h] = spread(table.scale[((w.salient_groups + h) * w.blocks + g / in_block) * HFLB_TILE + r]);
+            if (shift) offset[h] = spread(table.shift[((w.salient_groups + h) * w.blocks + g / in_block) * HFLB_TILE + r]);
+        }
+        const int64_t at = row * bytes + g * 16, first = g * HFLB_GROUP;
+        const uint8_t* code = CODED ? w.group + at : 0;
+        const uint8_t* keep = w.keep ? w.keep + at : 0;
+#pragma GCC unroll 8
+        for (int bit = 0; bit < 8; ++bit) {
+            const int64_t column = first + bit * 16;
+            const Floats value =
+                values_of(w.sign + at, code, keep, bit, w.plain_scale + column, groups * HFLB_GROUP, scale, shift);
+            if (column + 16 <= w.columns) {
+                store_as<DTYPE>(out, column, value);
+            } else if (column < w.columns) {
+                float some[16];
+                store(some, value);
+                hflb_store(out, DTYPE, column, some, w.columns - column);
+            }
+        }
+    }
+}
+
+// Salient columns of one row: over what was written for them as plain ones, or, with `apart`, slot after slot.
+template <int DTYPE>
+HFLB_INLINE void expand_runs(const hflb_weight* weight, Scales table, int64_t row, int64_t r, void* out, int64_t apart) {
+    const hflb_weight w = *weight;
+    const int64_t G = w.groups, S = w.salient_groups, run_bytes = w.runs * 2, plane = w.rows * run_bytes;
+    Floats scale[4], offset[2];
+    const Floats* shift = w.row_shift ? offset : 0;
+    for (int64_t run = 0; run < w.runs; ++run) {
+        const int64_t block = w.run_block[run], at = run * HFLB_RUN;
+        for (int64_t h = 0; (!run || block != w.run_block[run - 1]) && h < S; ++h) {
+            scale[h] = spread(table.scale[(h * w.blocks + block) * HFLB_TILE + r]);
+            scale[2 + h] = spread(table.scale[((S + G + h) * w.blocks + block) * HFLB_TILE + r]);
+            if (shift) offset[h] = spread(table.shift[(h * w.blocks + block) * HFLB_TILE + r]);
+        }
+        const uint8_t* planes = w.run_planes + row * run_bytes + run / 8 * 16;
+        const uint8_t* code = S > 1 ? planes + plane : 0;
+        const uint8_t* keep = w.keep ? planes + 3 * plane : 0;
+        const int bit = (int)(run % 8);
+        const int64_t slots = w.runs * HFLB_RUN;
+        const Floats first = values_of(planes, code, keep, bit, w.first_scale + at, slots, scale, shift);
+        const Floats second = values_of(planes + 2 * plane, code, keep, bit, w.second_scale + at, slots, scale + 2, 0);
+        if (apart) {
+            store_as<DTYPE>(out, at, plus(first, second));
+            continue;
+        }
+        uint32_t some[HFLB_RUN];
+        store_as<DTYPE>(some, 0, plus(first, second));
+        for (int i = 0; i < HFLB_RUN; ++i) {
+            const int32_t column = w.run_column[at + i];
+            if (column < 0) continue;
+            if (DTYPE == HFLB_F32) ((uint32_t*)out)[column] = some[i];
+            else ((uint16_t*)out)[column] = ((const uint16_t*)some)[i];
+        }
+    }
+}
+
+template <int DTYPE>
+inline void expand_as(const hflb_weight* w, int64_t begin, int64_t end, void* out, int64_t apart, float* buffer) {
+    const int64_t size = DTYPE == HFLB_F32 ? 4 : 2, stride = w->columns + (apart ? w->runs * HFLB_RUN : 0);
+    Scales table = {0, 0};
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t r = row % HFLB_TILE;
+        if (!r || row == begin) table = gather_scales(w, row - r, buffer);
+        char* own = (char*)out + (row - begin) * stride * size;
+        if (w->groups > 1) expand_plain<DTYPE, 1>(w, table, row, r, own);
+        else expand_plain<DTYPE, 0>(w, table, row, r, own);
+        expand_runs<DTYPE>(w, table, row, r, apart ? own + w->columns * size : own, apart);
+    }
+}
+
+// Rows of the dense weight in a dtype, [end - begin][columns]; with `apart` salient columns are not in their places, where
+// something else stands, but after all others, in the slots of the runs. `buffer` has room for hflb_scale_floats(w) floats.
+inline void expand_rows(const hflb_weight* w, int64_t begin, int64_t end, void* out, int64_t dtype, int64_t apart, float* buffer) {
+    if (dtype == HFLB_F32) expand_as<HFLB_F32>(w, begin, end, out, apart, buffer);
+    else if (dtype == HFLB_F16) expand_as<HFLB_F16>(w, begin, end, out, apart, buffer);
+    else expand_as<HFLB_BF16>(w, begin, end, out, apart, buffer);
+}
+
+}  // namespace
