@@ -6,8 +6,8 @@ bfloat16 and float16 (2e-5), one is the opt-in fast mode (6e-3). Many tokens: so
 dtype of the activations in a scratch buffer, and torch multiplies.
 
 Salient columns are gathered once per weight into planes of their own ("runs", see ``csrc/binary.h``), and scales are
-put into the order in which they are read. Both are kept beside the weight and never saved: about 1.2 bits per weight in
-an ARB-LLM_RC layer of 2.9, where 9 % of the columns are salient.
+put into the order in which they are read. Both are kept beside the weight and never saved: about 1.2 bits per weight
+in an ARB-LLM_RC layer of 2.9, where 9 % of the columns are salient.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class Prepared:
         if row_shift is not None:
             own["row_shift"] = _in_strips(row_shift)
         # columns of the slots behind the others in an unpacked row, and which of the slots are empty
-        self.slots = self.unused = self.salient = None
+        self.slots: Tensor | None = None
+        self.salient = self.unused = torch.empty(0, dtype=torch.int64)
         if salient is not None:
             self.salient = salient.long()
             self.slots = own["run_column"].long().clamp(min=0)
@@ -112,7 +113,7 @@ class Prepared:
 
 
 def _in_strips(table: Tensor) -> Tensor:
-    """Put the scales of 64 rows together: (entries, blocks, rows) -> (rows / 64, blocks, entries, 64), filled up with 0.
+    """Put the scales of 64 rows together: (entries, blocks, rows) -> (rows / 64, blocks, entries, 64), filled with 0.
 
     In the file those of one block lie far from those of the next, in other pages and the same places of a cache, which
     cost a fifth of the time.

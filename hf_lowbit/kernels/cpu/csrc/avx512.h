@@ -40,7 +40,7 @@ HFLB_INLINE void store_as(void* to, int64_t at, Floats value) {
     } else if (DTYPE == HFLB_F16) {
         _mm256_storeu_si256((__m256i*)((uint16_t*)to + at), _mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT));
     } else {
-#ifdef __AVX512BF16__
+#ifdef HFLB_ROUNDS
         _mm256_storeu_si256((__m256i*)((uint16_t*)to + at), (__m256i)_mm512_cvtneps_pbh(value));
 #else
         const __m512i bits = _mm512_castps_si512(value);
@@ -51,9 +51,10 @@ HFLB_INLINE void store_as(void* to, int64_t at, Floats value) {
     }
 }
 // Sixteen columns: the first where bit `bit` of the bytes is 1, else the second.
-HFLB_INLINE Floats choose(const uint8_t* bytes, int bit, Floats yes, Floats no) {
-    const __m128i all = _mm_loadu_si128((const __m128i*)bytes);
-    return _mm512_mask_blend_ps(_mm_test_epi8_mask(all, _mm_set1_epi8((char)(1 << bit))), no, yes);
+typedef __m128i Bits;
+HFLB_INLINE Bits bits_of(const uint8_t* bytes) { return _mm_loadu_si128((const __m128i*)bytes); }
+HFLB_INLINE Floats choose(Bits bytes, int bit, Floats yes, Floats no) {
+    return _mm512_mask_blend_ps(_mm_movepi8_mask(_mm_slli_epi16(bytes, 7 - bit)), no, yes);
 }
 
 HFLB_INLINE Ints spread(int32_t value) { return _mm512_set1_epi32(value); }

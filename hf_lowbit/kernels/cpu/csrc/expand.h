@@ -38,38 +38,41 @@ HFLB_INLINE Scales gather_scales(const hflb_weight* w, int64_t row0, float* to) 
     return found;
 }
 
-// +-scale * column scale + shift of 16 columns or slots; `code`, `keep` and `shift` are null where there are none.
-HFLB_INLINE Floats values_of(
-    const uint8_t* sign, const uint8_t* code, const uint8_t* keep, int bit, const float* columns, int64_t other,
-    const Floats* scale, const Floats* shift
-) {
+// +-scale * column scale of 16 columns or slots, by their code.
+template <int CODED>
+HFLB_INLINE Floats signed_of(Bits sign, Bits code, int bit, const float* columns, int64_t other, const Floats* scale) {
     Floats value = times(load(columns), scale[0]);
-    if (code) value = choose(code, bit, times(load(columns + other), scale[1]), value);
-    value = choose(sign, bit, value, negated(value));
-    if (shift) value = plus(value, code ? choose(code, bit, shift[1], shift[0]) : shift[0]);
-    return keep ? choose(keep, bit, value, spread(0.0f)) : value;
+    if (CODED) value = choose(code, bit, times(load(columns + other), scale[1]), value);
+    return choose(sign, bit, value, negated(value));
 }
 
-// Plain columns of one row, all but those after the last multiple of 16.
-template <int DTYPE, int CODED>
+// With the shift, and 0 where pruned; `shift` and `keep` may be null.
+template <int CODED>
+HFLB_INLINE Floats finished(Floats value, Bits code, const uint8_t* keep, int bit, const Floats* shift) {
+    if (shift) value = plus(value, CODED ? choose(code, bit, shift[1], shift[0]) : shift[0]);
+    return keep ? choose(bits_of(keep), bit, value, spread(0.0f)) : value;
+}
+
+// Plain columns of one row. MORE: there are shifts or a mask.
+template <int DTYPE, int CODED, int MORE>
 HFLB_INLINE void expand_plain(const hflb_weight* weight, Scales table, int64_t row, int64_t r, void* out) {
     const hflb_weight w = *weight;  // a copy, which no store can change
     const int64_t groups = (w.columns + HFLB_GROUP - 1) / HFLB_GROUP, bytes = groups * 16, in_block = w.block_size / HFLB_GROUP;
     Floats scale[2], offset[2];
-    const Floats* shift = w.row_shift ? offset : 0;
     for (int64_t g = 0; g < groups; ++g) {
         for (int64_t h = 0; g % in_block == 0 && h <= CODED; ++h) {
-            scale[h] = spread(table.scale[((w.salient_groups + h) * w.blocks + g / in_block) * HFLB_TILE + r]);
-            if (shift) offset[h] = spread(table.shift[((w.salient_groups + h) * w.blocks + g / in_block) * HFLB_TILE + r]);
+            const int64_t entry = (w.salient_groups + h) * w.blocks + g / in_block;
+            scale[h] = spread(table.scale[entry * HFLB_TILE + r]);
+            if (MORE && table.shift) offset[h] = spread(table.shift[entry * HFLB_TILE + r]);
         }
-        const int64_t at = row * bytes + g * 16, first = g * HFLB_GROUP;
-        const uint8_t* code = CODED ? w.group + at : 0;
+        const int64_t at = row * bytes + g * 16;
+        const Bits sign = bits_of(w.sign + at), code = CODED ? bits_of(w.group + at) : sign;
         const uint8_t* keep = w.keep ? w.keep + at : 0;
 #pragma GCC unroll 8
         for (int bit = 0; bit < 8; ++bit) {
-            const int64_t column = first + bit * 16;
-            const Floats value =
-                values_of(w.sign + at, code, keep, bit, w.plain_scale + column, groups * HFLB_GROUP, scale, shift);
+            const int64_t column = g * HFLB_GROUP + bit * 16;
+            Floats value = signed_of<CODED>(sign, code, bit, w.plain_scale + column, groups * HFLB_GROUP, scale);
+            if (MORE) value = finished<CODED>(value, code, keep, bit, table.shift ? offset : 0);
             if (column + 16 <= w.columns) {
                 store_as<DTYPE>(out, column, value);
             } else if (column < w.columns) {
@@ -82,12 +85,12 @@ HFLB_INLINE void expand_plain(const hflb_weight* weight, Scales table, int64_t r
 }
 
 // Salient columns of one row: over what was written for them as plain ones, or, with `apart`, slot after slot.
-template <int DTYPE>
+template <int DTYPE, int CODED>
 HFLB_INLINE void expand_runs(const hflb_weight* weight, Scales table, int64_t row, int64_t r, void* out, int64_t apart) {
     const hflb_weight w = *weight;
     const int64_t G = w.groups, S = w.salient_groups, run_bytes = w.runs * 2, plane = w.rows * run_bytes;
     Floats scale[4], offset[2];
-    const Floats* shift = w.row_shift ? offset : 0;
+    const Floats* shift = table.shift ? offset : 0;
     for (int64_t run = 0; run < w.runs; ++run) {
         const int64_t block = w.run_block[run], at = run * HFLB_RUN;
         for (int64_t h = 0; (!run || block != w.run_block[run - 1]) && h < S; ++h) {
@@ -96,18 +99,21 @@ HFLB_INLINE void expand_runs(const hflb_weight* weight, Scales table, int64_t ro
             if (shift) offset[h] = spread(table.shift[(h * w.blocks + block) * HFLB_TILE + r]);
         }
         const uint8_t* planes = w.run_planes + row * run_bytes + run / 8 * 16;
-        const uint8_t* code = S > 1 ? planes + plane : 0;
+        const Bits code = bits_of(CODED ? planes + plane : planes);
         const uint8_t* keep = w.keep ? planes + 3 * plane : 0;
         const int bit = (int)(run % 8);
         const int64_t slots = w.runs * HFLB_RUN;
-        const Floats first = values_of(planes, code, keep, bit, w.first_scale + at, slots, scale, shift);
-        const Floats second = values_of(planes + 2 * plane, code, keep, bit, w.second_scale + at, slots, scale + 2, 0);
+        const Floats first = signed_of<CODED>(bits_of(planes), code, bit, w.first_scale + at, slots, scale);
+        const Floats second =
+            signed_of<CODED>(bits_of(planes + 2 * plane), code, bit, w.second_scale + at, slots, scale + 2);
+        const Floats shifted = finished<CODED>(first, code, 0, bit, shift);
+        const Floats value = finished<CODED>(plus(shifted, second), code, keep, bit, 0);
         if (apart) {
-            store_as<DTYPE>(out, at, plus(first, second));
+            store_as<DTYPE>(out, at, value);
             continue;
         }
         uint32_t some[HFLB_RUN];
-        store_as<DTYPE>(some, 0, plus(first, second));
+        store_as<DTYPE>(some, 0, value);
         for (int i = 0; i < HFLB_RUN; ++i) {
             const int32_t column = w.run_column[at + i];
             if (column < 0) continue;
@@ -115,6 +121,12 @@ HFLB_INLINE void expand_runs(const hflb_weight* weight, Scales table, int64_t ro
             else ((uint16_t*)out)[column] = ((const uint16_t*)some)[i];
         }
     }
+}
+
+template <int DTYPE, int MORE>
+HFLB_INLINE void expand_row(const hflb_weight* w, Scales table, int64_t row, int64_t r, void* out) {
+    if (w->groups > 1) expand_plain<DTYPE, 1, MORE>(w, table, row, r, out);
+    else expand_plain<DTYPE, 0, MORE>(w, table, row, r, out);
 }
 
 template <int DTYPE>
@@ -125,9 +137,11 @@ inline void expand_as(const hflb_weight* w, int64_t begin, int64_t end, void* ou
         const int64_t r = row % HFLB_TILE;
         if (!r || row == begin) table = gather_scales(w, row - r, buffer);
         char* own = (char*)out + (row - begin) * stride * size;
-        if (w->groups > 1) expand_plain<DTYPE, 1>(w, table, row, r, own);
-        else expand_plain<DTYPE, 0>(w, table, row, r, own);
-        expand_runs<DTYPE>(w, table, row, r, apart ? own + w->columns * size : own, apart);
+        if (w->row_shift || w->keep) expand_row<DTYPE, 1>(w, table, row, r, own);
+        else expand_row<DTYPE, 0>(w, table, row, r, own);
+        char* slots = apart ? own + w->columns * size : own;
+        if (w->salient_groups > 1) expand_runs<DTYPE, 1>(w, table, row, r, slots, apart);
+        else expand_runs<DTYPE, 0>(w, table, row, r, slots, apart);
     }
 }
 

@@ -60,9 +60,10 @@ HFLB_INLINE void store_as(void* to, int64_t at, Floats value) {
     }
 }
 // Sixteen columns: the first where bit `bit` of the bytes is 1, else the second.
-HFLB_INLINE Floats choose(const uint8_t* bytes, int bit, Floats yes, Floats no) {
-    const __m128i one = _mm_set1_epi8((char)(1 << bit));
-    const __m128i is = _mm_cmpeq_epi8(_mm_and_si128(_mm_loadu_si128((const __m128i*)bytes), one), one);
+typedef __m128i Bits;
+HFLB_INLINE Bits bits_of(const uint8_t* bytes) { return _mm_loadu_si128((const __m128i*)bytes); }
+HFLB_INLINE Floats choose(Bits bytes, int bit, Floats yes, Floats no) {
+    const __m128i one = _mm_set1_epi8((char)(1 << bit)), is = _mm_cmpeq_epi8(_mm_and_si128(bytes, one), one);
     const __m256 a = _mm256_castsi256_ps(_mm256_cvtepi8_epi32(is));
     const __m256 b = _mm256_castsi256_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(is, 8)));
     return {_mm256_blendv_ps(no.a, yes.a, a), _mm256_blendv_ps(no.b, yes.b, b)};

@@ -34,7 +34,9 @@ HFLB_INLINE Floats from_brains(const uint16_t* from) { EACH(Floats, hflb_brain_t
 template <int DTYPE>
 inline void store_as(void* to, int64_t at, const Floats& value) { hflb_store(to, DTYPE, at, value.v, 16); }
 // Sixteen columns: the first where bit `bit` of the bytes is 1, else the second.
-HFLB_INLINE Floats choose(const uint8_t* bytes, int bit, const Floats& yes, const Floats& no) {
+typedef const uint8_t* Bits;
+HFLB_INLINE Bits bits_of(const uint8_t* bytes) { return bytes; }
+HFLB_INLINE Floats choose(Bits bytes, int bit, const Floats& yes, const Floats& no) {
     EACH(Floats, bytes[i] >> bit & 1 ? yes.v[i] : no.v[i]);
 }
 
