@@ -42,7 +42,7 @@ from torch import Tensor
 
 from hf_lowbit.formats.base import Format, Shapes, Spec, register_format
 from hf_lowbit.formats.bits import padding_is_zero, pruned_evenly, scale_problems
-from hf_lowbit.kernels import pack_plane, plane_bytes, unpack_plane
+from hf_lowbit.kernels import ops, pack_plane, plane_bytes, unpack_plane
 from hf_lowbit.kernels.reference import kept_columns, spread
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -309,5 +309,4 @@ class BinaryFormat(Format):
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ W.T + bias``; x (..., in_features), result in the dtype of ``x``."""
         parts, sizes = self.call_arguments()
-        out: Tensor = torch.ops.hf_lowbit.binary_linear(x, *parts, bias, *sizes)
-        return out
+        return ops.binary_linear(x, parts, bias, sizes)

@@ -50,7 +50,7 @@ int main(int count, char** arguments) {
         w.blocks = (w.columns + w.block_size - 1) / w.block_size;
         w.groups = between(1, 2), w.salient_groups = between(0, w.groups);
         w.runs = w.salient_groups ? 8 * between(1, 5) : 0;
-        w.scale_dtype = between(0, 2);
+        w.scale_dtype = between(0, 1);
         const bool shift = between(0, 3) == 0, mask = between(0, 2) == 0;
         const int64_t padded = (w.columns + HFLB_GROUP - 1) / HFLB_GROUP * HFLB_GROUP, plane = w.rows * padded / 8;
         const int64_t size = w.scale_dtype == HFLB_F32 ? 4 : 2, S = w.salient_groups, G = w.groups, slots = w.runs * HFLB_RUN;

@@ -105,7 +105,7 @@ class Prepared:
             runs=own["run_block"].shape[0] if S else 0,
             groups=codes,
             salient_groups=S,
-            scale_dtype=DTYPES[row_scale.dtype],
+            scale_dtype=DTYPES[own["row_scale"].dtype],
             **{"sign": sign.data_ptr(), "group": None if group is None else group.data_ptr()}
             | {name: tensor.data_ptr() for name, tensor in own.items()},
         )
@@ -118,6 +118,8 @@ def _in_strips(table: Tensor) -> Tensor:
     In the file those of one block lie far from those of the next, in other pages and the same places of a cache, which
     cost a fifth of the time.
     """
+    if table.dtype is torch.bfloat16:  # for which the library has no form of its own
+        table = table.float()
     filled = torch.nn.functional.pad(table, (0, -table.shape[-1] % _STRIP))
     return filled.unflatten(-1, (-1, _STRIP)).permute(2, 1, 0, 3).contiguous()
 

@@ -5,7 +5,6 @@
 
 namespace {
 
-const int64_t STRIP = 4 * HFLB_TILE;
 const int64_t TOKENS = 32;  // at once, for memory's sake
 
 const hflb_kernels* kernels_of(int64_t isa) {
@@ -72,13 +71,13 @@ int some_tokens(
         result = !kernels->make_token(w, (const char*)x + m * w->columns * width, dtype, digits, own.values, own.tokens + m);
     if (!result) {
         const hflb_work work = {w, own.tokens, count, digits, bias, y, dtype};
-        const int64_t tiles = (w->rows + HFLB_TILE - 1) / HFLB_TILE;
+        const int64_t strips = (w->rows + HFLB_STRIP - 1) / HFLB_STRIP;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-        for (int64_t part = 0; part < threads; ++part) {
-            const int64_t begin = tiles * part / threads * HFLB_TILE, end = tiles * (part + 1) / threads * HFLB_TILE;
-            for (int64_t row = begin; row < end; row += STRIP)  // all tokens, while its planes are in the cache
-                kernels->rows(&work, row, row + STRIP < end ? row + STRIP : end);
-        }
+        for (int64_t part = 0; part < threads; ++part)
+            for (int64_t strip = strips * part / threads; strip < strips * (part + 1) / threads; ++strip) {
+                const int64_t row = strip * HFLB_STRIP, end = row + HFLB_STRIP;
+                kernels->rows(&work, row, end < w->rows ? end : w->rows);  // all tokens, while its planes are in the cache
+            }
     }
     free(memory.base);
     return result;

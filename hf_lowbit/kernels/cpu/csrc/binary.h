@@ -35,7 +35,7 @@ typedef struct {
     int64_t runs;            // a multiple of 8; 0 without salient columns
     int64_t groups;          // codes of plain columns, 1 or 2
     int64_t salient_groups;  // codes of salient columns, 0, 1 or 2
-    int64_t scale_dtype;     // of row_scale and row_shift
+    int64_t scale_dtype;     // of row_scale and row_shift: HFLB_F16 or HFLB_F32
     const uint8_t* sign;       // [rows][16 * groups of columns]
     const uint8_t* group;      // the same, with two groups; else null
     const uint8_t* keep;       // the same: 0 where a weight is pruned; null without a mask
@@ -73,7 +73,7 @@ typedef struct {
 // What each instruction set has; tile.h tells what they do.
 typedef struct {
     int (*make_token)(const hflb_weight* w, const void* x, int64_t dtype, int64_t digits, float* values, const hflb_token* to);
-    void (*rows)(const hflb_work* work, int64_t row0, int64_t end);  // row0 is a multiple of HFLB_TILE
+    void (*rows)(const hflb_work* work, int64_t row0, int64_t end);  // at most a strip
     void (*expand)(
         const hflb_weight* w, int64_t begin, int64_t end, void* out, int64_t dtype, int64_t apart, float* buffer
     );

@@ -4,17 +4,13 @@ namespace {
 
 // Where the scales of a row begin that a table of so many entries has for a block.
 HFLB_INLINE const uint8_t* scales_at(const hflb_weight* w, const void* table, int64_t entries, int64_t block, int64_t row) {
-    const int64_t size = w->scale_dtype == HFLB_F32 ? 4 : 2;
+    const int64_t size = w->scale_dtype == HFLB_F16 ? 2 : 4;
     return (const uint8_t*)table + ((row / HFLB_STRIP * w->blocks + block) * entries * HFLB_STRIP + row % HFLB_STRIP) * size;
 }
 
-// Scales of 16 rows, 0 beyond the last; `row0` is a multiple of 16.
-HFLB_INLINE Floats scales_of(
-    const hflb_weight* w, const void* table, int64_t entries, int64_t entry, int64_t block, int64_t row0
-) {
-    const uint8_t* from = scales_at(w, table, entries, block, row0) + entry * HFLB_STRIP * (w->scale_dtype == HFLB_F32 ? 4 : 2);
-    if (w->scale_dtype == HFLB_F32) return load((const float*)from);
-    return w->scale_dtype == HFLB_F16 ? from_halves((const uint16_t*)from) : from_brains((const uint16_t*)from);
+// 16 of them; what lies before is counted in rows.
+HFLB_INLINE Floats scales_of(const hflb_weight* w, const uint8_t* from, int64_t rows) {
+    return w->scale_dtype == HFLB_F16 ? from_halves((const uint16_t*)from + rows) : load((const float*)from + rows);
 }
 
 HFLB_INLINE int64_t scale_entries(const hflb_weight* w) { return 2 * w->salient_groups + w->groups; }
@@ -32,8 +28,8 @@ HFLB_INLINE Scales gather_scales(const hflb_weight* w, int64_t row0, float* to) 
     for (int64_t entry = 0; entry < scales + shifts; ++entry)
         for (int64_t block = 0; block < w->blocks; ++block, to += HFLB_TILE)
             store(
-                to, entry < scales ? scales_of(w, w->row_scale, scales, entry, block, row0)
-                                   : scales_of(w, w->row_shift, shifts, entry - scales, block, row0)
+                to, entry < scales ? scales_of(w, scales_at(w, w->row_scale, scales, block, row0), entry * HFLB_STRIP)
+                                   : scales_of(w, scales_at(w, w->row_shift, shifts, block, row0), (entry - scales) * HFLB_STRIP)
             );
     return found;
 }

@@ -150,8 +150,9 @@ HFLB_INLINE void plain_group(
             for (int h = 0; h < HALVES; ++h) out[t][h] = spread(x[t].plain.sum[at]);
         }
         if (needed) products<DIGITS, TOKENS, HALVES>(pairs, digits, start, out);
+        const uint8_t* scales = scales_at(w, table, entries, block, row0);
         for (int h = 0; h < HALVES; ++h) {
-            const Floats scale = scales_of(w, table, entries, w->salient_groups + code, block, row0 + h * HFLB_TILE);
+            const Floats scale = scales_of(w, scales, (w->salient_groups + code) * HFLB_STRIP + h * HFLB_TILE);
             for (int t = 0; t < TOKENS; ++t) sums[t][h] = add_scaled(sums[t][h], scale, x[t].plain.scale[g], out[t][h]);
         }
     }
@@ -174,9 +175,9 @@ HFLB_INLINE void run_group(
         for (int h = 0; h < HALVES; ++h) needed = pairs_of(w, planes + h, g % STRIP, S > 1, code, shift, pairs + h);
 #pragma GCC unroll 8
         for (int bit = 0; bit < BITS; ++bit) {
+            const uint8_t* scales = scales_at(w, table, entries, w->run_block[g * BITS + bit], row0);
             Floats scale[HALVES];
-            for (int h = 0; h < HALVES; ++h)
-                scale[h] = scales_of(w, table, entries, entry, w->run_block[g * BITS + bit], row0 + h * HFLB_TILE);
+            for (int h = 0; h < HALVES; ++h) scale[h] = scales_of(w, scales, entry * HFLB_STRIP + h * HFLB_TILE);
             for (int t = 0; t < TOKENS; ++t) {
                 const hflb_digits* x = part ? &tokens[t].second : &tokens[t].first;
                 const int8_t* digits = x->bytes + at * DIGITS * HFLB_GROUP + bit * HFLB_RUN;
@@ -202,7 +203,7 @@ HFLB_INLINE void fetch_ahead(const hflb_weight* w, int64_t row0, int64_t rows, i
     if (w->groups > 1) fetch(w->group + at, step);
     if (w->keep) fetch(w->keep + at, step);
     if (g % in_block || next % HFLB_STRIP) return;
-    const int64_t size = HFLB_STRIP * (w->scale_dtype == HFLB_F32 ? 4 : 2);
+    const int64_t size = HFLB_STRIP * (w->scale_dtype == HFLB_F16 ? 2 : 4);
     fetch(scales_at(w, w->row_scale, scale_entries(w), block, next), scale_entries(w) * size);
     if (w->row_shift) fetch(scales_at(w, w->row_shift, shift_entries(w), block, next), shift_entries(w) * size);
 }
@@ -218,7 +219,8 @@ HFLB_INLINE void fetch_runs_ahead(const hflb_weight* w, int64_t row0, int64_t ro
 // HALVES times 16 rows for TOKENS tokens from number m on.
 template <int DIGITS, int TOKENS, int HALVES>
 inline void tile(const hflb_work* work, int64_t row0, int64_t m) {
-    const hflb_weight* w = work->weight;
+    const hflb_weight own_weight = *work->weight;  // a copy, which no store can change
+    const hflb_weight* w = &own_weight;
     const hflb_token* x = work->tokens + m;
     const int64_t groups = (w->columns + HFLB_GROUP - 1) / HFLB_GROUP, run_groups = w->runs / BITS;
     const int64_t bytes = groups * 16, run_bytes = w->runs * 2, plane = w->rows * run_bytes;
