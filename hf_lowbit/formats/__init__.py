@@ -2,5 +2,15 @@
 
 from hf_lowbit.formats.base import FORMATS, Format, Spec, register_format
 from hf_lowbit.formats.binary import BinaryFormat, BinarySpec
+from hf_lowbit.formats.low_rank import LowRankFormat, LowRankSpec
 
-__all__ = ["FORMATS", "BinaryFormat", "BinarySpec", "Format", "Spec", "register_format"]
+__all__ = [
+    "FORMATS",
+    "BinaryFormat",
+    "BinarySpec",
+    "Format",
+    "LowRankFormat",
+    "LowRankSpec",
+    "Spec",
+    "register_format",
+]

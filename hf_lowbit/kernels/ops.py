@@ -93,16 +93,16 @@ def binary_linear(x: Tensor, parts: tuple[Tensor | None, ...], bias: Tensor | No
     The way through torch's dispatcher takes as long as the product of a small layer does (8 against 9 microseconds at
     192 x 576, ``python -m benchmarks.kernels.overhead``), which a model with hundreds of layers feels in every token.
     """
-    if _unobserved(x, bias):
+    if unobserved(x, bias):
         return _binary_linear(x, *parts, bias, *sizes)
     out: Tensor = torch.ops.hf_lowbit.binary_linear(x, *parts, bias, *sizes)
     return out
 
 
-def _unobserved(x: Tensor, bias: Tensor | None) -> bool:
-    """Return whether no gradient, compiler, tracer, transform or mode has to see the call."""
+def unobserved(x: Tensor, *others: Tensor | None) -> bool:
+    """Return whether no gradient, compiler, tracer, transform or mode has to see a call with these tensors."""
     if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled() and (x.requires_grad or any(o is not None and o.requires_grad for o in others)):
         return False
     return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
