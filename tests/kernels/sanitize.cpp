@@ -12,6 +12,8 @@
 extern "C" {
 int hflb_isa(void);
 int hflb_linear(const hflb_weight*, const void*, int64_t, int64_t, const void*, void*, int64_t, int64_t, int64_t);
+int hflb_has_amx(void);
+int hflb_wide_amx(const hflb_weight*, const void*, int64_t, const void*, void*, int64_t);
 int hflb_dequantize(const hflb_weight*, int64_t, int64_t, void*, int64_t, int64_t, int64_t, int64_t);
 }
 
@@ -84,6 +86,8 @@ int main(int count, char** arguments) {
             if (hflb_dequantize(&w, begin, w.rows, dense.data, dtype, 0, isa, threads)) return 2;
             if (hflb_dequantize(&w, begin, w.rows, apart.data, dtype, 1, isa, threads)) return 3;
         }
+        if (dtype == HFLB_BF16 && tokens && hflb_has_amx())
+            if (hflb_wide_amx(&w, x.data, tokens, number % 2 ? bias.data : 0, y.data, between(1, 3))) return 4;
     }
     printf("%d\n", cases);
     return 0;

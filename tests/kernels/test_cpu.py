@@ -11,7 +11,7 @@ import torch
 
 import hf_lowbit.kernels.cpu.binary as cpu
 from hf_lowbit.kernels import dispatch, reference
-from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, load
+from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, has_amx, load
 from tests.kernels.test_binary_op import LINEAR, Case
 
 LIBRARY, ISA = load()
@@ -77,6 +77,29 @@ def test_product_of_every_variant(isa, dtype, digits, tolerance):
         want = x.double() @ dense(case).T + (0 if bias is None else bias.double())
         got = by_isa(case, x, bias, isa, digits)
         assert error(got, want) < tolerance, case
+
+
+@pytest.mark.skipif(not has_amx(), reason="this processor has no AMX")
+def test_products_of_tiles():
+    """Many tokens in bfloat16: odd rows, columns and tokens, every variant, and the same for any number of threads."""
+    for number, case in enumerate(ALL):
+        tokens = (1, 9, 16, 31, 40, 70)[number % 6]
+        x = torch.randn(tokens, case.m).bfloat16()
+        bias = torch.randn(case.n).bfloat16() if case.n % 2 else None
+        parts = case.tensors()
+        made = cpu.Prepared(parts, *case.sizes())
+        outs = []
+        for threads in (1, 2, 3):
+            out = torch.full((tokens, case.n), float("nan"), dtype=torch.bfloat16)
+            where = None if bias is None else bias.data_ptr()
+            assert not LIBRARY.hflb_wide_amx(
+                ctypes.byref(made.weight), x.data_ptr(), tokens, where, out.data_ptr(), threads
+            )
+            outs.append(out)
+        rounded = dense(case).bfloat16().double()
+        want = x.double() @ rounded.T + (0 if bias is None else bias.double())
+        assert error(outs[0], want) < 4e-3, case
+        assert all(torch.equal(out, outs[0]) for out in outs[1:])
 
 
 @needs_library

@@ -3,7 +3,7 @@
 Few tokens: the compiled library multiplies bytes that the bits of the planes select. Activations become integers of
 ``digits`` bytes with one scale for 128 columns: three bytes hold float32 (relative error about 1e-7), two hold
 bfloat16 and float16 (2e-5), one is the opt-in fast mode (6e-3). Many tokens: some rows at a time are unpacked to the
-dtype of the activations in a scratch buffer, and torch multiplies.
+dtype of the activations in a scratch buffer, and multiplied there by tiles (bfloat16, processors with AMX) or by torch.
 
 Salient columns are gathered once per weight into planes of their own ("runs", see ``csrc/binary.h``), and scales are
 put into the order in which they are read. Both are kept beside the weight and never saved: about 1.2 bits per weight
@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, Weight, load
+from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, Weight, has_amx, load
 from hf_lowbit.kernels.planes import GROUP, pack_plane, padded_columns, unpack_plane
 from hf_lowbit.kernels.reference import kept_columns, salient_groups, spread
 
 _RUN, _STRIP = 16, 64
 DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
-# Above this many tokens unpacking pays; measured with `python -m benchmarks.kernels`.
-MOST_TOKENS = 32
+# Above this many tokens unpacking pays, with tiles (bfloat16 where the processor has AMX) and without; measured with
+# `python -m benchmarks.kernels`.
+MOST_TOKENS_TILES, MOST_TOKENS = 8, 16
 # Of the unpacked rows: more do not stay in a cache, fewer make the product slow.
 _SCRATCH_BYTES, _LEAST_ROWS = 8 << 20, 256
 Parts = tuple[Any, ...]
@@ -199,10 +200,18 @@ def linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes, digits: i
     rows = x.contiguous()
     count = rows.numel() // sizes[0]
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    if count > MOST_TOKENS:
+    tiles = x.dtype is torch.bfloat16 and has_amx()
+    if count > MOST_TOKENS and not tiles:
         return _unpacking(rows, made, bias)
     out = torch.empty((*x.shape[:-1], made.weight.rows), dtype=x.dtype)
     library, isa = load()
+    if count > MOST_TOKENS_TILES and tiles:
+        where = None if bias is None else bias.data_ptr()
+        if library.hflb_wide_amx(
+            ctypes.byref(made.weight), rows.data_ptr(), count, where, out.data_ptr(), torch.get_num_threads()
+        ):
+            raise MemoryError("binary_linear: no memory for a scratch buffer")
+        return out
     failed = library.hflb_linear(
         ctypes.byref(made.weight), rows.data_ptr(), DTYPES[x.dtype], count,
         None if bias is None else bias.data_ptr(), out.data_ptr(), digits or DIGITS[x.dtype], ISAS.index(isa),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 logger = logging.getLogger(__name__)
-ABI = 2
+ABI = 3
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NAME = "_binary"
@@ -60,7 +60,16 @@ def load() -> tuple[Any, str]:
     library.hflb_dequantize.argtypes = [
         ctypes.POINTER(Weight), integer, integer, pointer, integer, integer, integer, integer,
     ]  # fmt: skip
+    library.hflb_has_amx.restype = library.hflb_wide_amx.restype = ctypes.c_int
+    library.hflb_wide_amx.argtypes = [ctypes.POINTER(Weight), pointer, integer, pointer, pointer, integer]
     isa = ISAS[library.hflb_isa()]
     if isa == "portable":
         logger.warning("this processor has no AVX2; packed layers run through plain C++, which is slow")
     return library, isa
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Return whether the processor multiplies tiles of bfloat16 and the system lets us use them."""
+    library, _ = load()
+    return library is not None and bool(library.hflb_has_amx())

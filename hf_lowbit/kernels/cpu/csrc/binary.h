@@ -15,7 +15,7 @@
 
 #include "half.h"
 
-#define HFLB_ABI 2
+#define HFLB_ABI 3
 #define HFLB_GROUP 128  // columns of a group of a plane, in 16 bytes
 #define HFLB_RUN 16     // columns of a run: one bit position of a group
 #define HFLB_TILE 16    // rows that are worked on together
