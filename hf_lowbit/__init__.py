@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from hf_lowbit.hf.entry import quantize, register
     from hf_lowbit.hf.packed import unverified
     from hf_lowbit.layers import PackedLinear, packed_modules
+    from hf_lowbit.methods.adasvd import AdaSVDConfig
     from hf_lowbit.methods.arb import ARBConfig
     from hf_lowbit.methods.pbs2p import PBS2PConfig
     from hf_lowbit.recipe import LowBitRecipe
 
 _HOMES = {
     "ARBConfig": "methods.arb",
+    "AdaSVDConfig": "methods.adasvd",
     "CalibrationError": "errors",
     "CalibrationRecord": "config",
     "CheckpointError": "errors",
@@ -49,6 +51,7 @@ _HOMES = {
 
 __all__ = [
     "ARBConfig",
+    "AdaSVDConfig",
     "CalibrationError",
     "CalibrationRecord",
     "CheckpointError",

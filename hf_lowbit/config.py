@@ -16,7 +16,7 @@ import json
 import re
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -67,6 +67,44 @@ def _listed(problems: list[str]) -> str:
     """Join problems, the first of very many."""
     more = len(problems) - _MOST_PROBLEMS
     return "; ".join(problems[:_MOST_PROBLEMS]) + (f"; {more} more" if more > 0 else "")
+
+
+def planned_problems(layers: Any, symbol: str, fits: Callable[[Any], bool], want: str) -> list[str]:
+    """Return what is wrong with the option ``layers`` of a method that decides on each decoder block.
+
+    Args:
+        layers: a number for each block by name, or None.
+        symbol: what the number is called.
+        fits: whether a number is allowed.
+        want: what is allowed, in words.
+    """
+    if layers is None:
+        return []
+    if not isinstance(layers, Mapping):
+        return [f"layers must map names of decoder blocks to {symbol}, got {shown(layers)}"]
+    found = []
+    for name, value in layers.items():
+        if not _is_text(name) or not name:
+            found.append(f"layers: {shown(name)} is not the name of a module")
+        elif not fits(value):
+            found.append(f"layers[{shown(name)}] must be {want}, got {shown(value)}")
+    return found
+
+
+def planned_for(layers: Mapping[str, Any], symbol: str, module: str) -> Any:
+    """Return the number of the innermost block around a module.
+
+    Raises:
+        ValueError: ``layers`` holds none.
+    """
+    path = module.split(".")
+    for end in range(len(path), 0, -1):
+        found = layers.get(".".join(path[:end]))
+        if found is not None:
+            return found
+    raise ValueError(
+        f"{module}: is in none of the blocks that layers gives {symbol} for; leave layers out to plan anew"
+    )
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from hf_lowbit.config import LowBitConfig
 
 # Written out, never discovered: an import error in a method must be seen, not swallowed by a walk.
-METHOD_MODULES = ("hf_lowbit.methods.arb", "hf_lowbit.methods.pbs2p")
+METHOD_MODULES = ("hf_lowbit.methods.adasvd", "hf_lowbit.methods.arb", "hf_lowbit.methods.pbs2p")
 
 UNITS = ("linear", "conv2d", "attention", "pipeline")
 DATA = ("none", "tokens", "prompts", "images", "training")
@@ -41,10 +41,12 @@ class BlockUnit:
     Attributes:
         name: full name of the block.
         weights: how many weights of it the method compresses, at least 1.
+        shapes: (out_features, in_features) of each of its layers that the method compresses.
     """
 
     name: str
     weights: int
+    shapes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,9 @@ class Method:
             data: ``(blocks, options, similarity) -> {block name: number}``. ``similarity()`` runs the dense blocks
             and returns by name the mean cosine of each one's input and output; it costs a pass over the data, so it
             is for the method to call. The numbers are merged into ``layers``, a field that the config must have.
+        leaves_dense: optional, for methods that cannot gain on every layer: ``(name, (out_features, in_features),
+            options) -> reason or None``. A layer with a reason is not compressed and is listed as left dense. Asked
+            after ``plan``.
         attach: optional run-time part.
     """
 
@@ -80,6 +85,7 @@ class Method:
     status: str
     compress: Callable[..., Any]
     plan: Callable[..., Any] | None = None
+    leaves_dense: Callable[[str, tuple[int, int], Any], str | None] | None = None
     attach: Callable[..., Any] | None = None
 
 

@@ -49,17 +49,17 @@ class LinearStats:
         self.tokens += rows.shape[0]
         self.sequences += sequences
 
-    def second_moment(self) -> Tensor:
-        """Return ``H = (2 / sequences) Σ x xᵀ``, (in_features, in_features), float32.
+    def second_moment(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return ``H = (2 / sequences) Σ x xᵀ``, (in_features, in_features), by default in float32.
 
         Raises:
-            CalibrationError: nothing was seen, or the inputs are too large.
+            CalibrationError: nothing was seen, or the inputs are too large for the dtype.
 
         Source: GPTQ's accumulation, as BiLLM and ARB-LLM use it; the factor 2/N is a scale without effect.
         """
         if not self.sequences:
             raise CalibrationError(f"{self.name}: received no calibration input; it may be unused in the forward pass")
-        moment = (self.total * (2.0 / self.sequences)).float()
+        moment = (self.total * (2.0 / self.sequences)).to(dtype)
         if not bool(torch.isfinite(moment).all()):
-            raise CalibrationError(f"{self.name}: inputs are too large, their second moment overflows float32")
+            raise CalibrationError(f"{self.name}: inputs are too large, their second moment overflows {dtype}")
         return moment

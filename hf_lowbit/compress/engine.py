@@ -34,7 +34,7 @@ from hf_lowbit.compress.source import CheckpointSource
 from hf_lowbit.compress.targets import plan_run
 from hf_lowbit.compress.team import Team
 from hf_lowbit.config import CalibratedConfig, CalibrationRecord, LowBitConfig
-from hf_lowbit.errors import CheckpointError
+from hf_lowbit.errors import CheckpointError, UnsupportedModelError
 from hf_lowbit.experts import fused_name, fused_parameters, take_apart
 from hf_lowbit.formats import Format
 from hf_lowbit.layers import PackedLinear, dense_weight, features, stored_shape
@@ -165,6 +165,22 @@ class Run:
                 deferred.append(name)
         return deferred
 
+    def leave_dense(self, names: list[str]) -> list[str]:
+        """Leave those layers dense on which their method would gain nothing, with their weights; return the others."""
+        others = []
+        for name in names:
+            options = self.targets.methods[name]
+            reason_for = registry.get(options.method).leaves_dense
+            reason = reason_for and reason_for(name, features(self.model.get_submodule(name)), options)
+            if reason and not fused_name(name):  # experts are stored in one parameter, unless all are packed
+                self.materialize([name])
+                del self.targets.methods[name]
+                self.targets.dense[name] = reason
+                logger.info("%s stays dense: %s", name, reason)
+            else:
+                others.append(name)
+        return others
+
     def compress_layers(self, names: list[str], stats: Mapping[str, LinearStats | None]) -> None:
         """Replace layers by their packed form and record them, in order.
 
@@ -285,6 +301,9 @@ class Run:
             if self.bar is not None:
                 self.bar.close()
         self.model.train(was_training)
+        if not self.targets.methods:
+            reasons = "; ".join(dict.fromkeys(self.targets.dense.values()))
+            raise UnsupportedModelError(f"no layer was compressed, all stay dense ({reasons})")
         rows = [self.rows[name] for name in self.targets.methods]
         self.report = RunReport(rows, self.targets.dense, time.perf_counter() - self.began)
         logger.info(self.report.summary())
@@ -294,7 +313,7 @@ class Run:
 
     def without_data(self, names: list[str]) -> None:
         """Compress layers from their weights alone, as many at a time as are worked on at once."""
-        left = [name for name in names if not self.restored([name])]
+        left = [name for name in self.leave_dense(names) if not self.restored([name])]
         step = self.at_once if left else 1
         for start in range(0, len(left), step):
             self.materialize(left[start : start + step])
@@ -327,7 +346,7 @@ class Run:
 
         plan_stack(self, stack, similarity)
         for i, (prefix, block) in enumerate(stack.items()):
-            names = [name for name in self.targets.methods if name.startswith(f"{prefix}.")]
+            names = self.leave_dense([name for name in self.targets.methods if name.startswith(f"{prefix}.")])
             done = self.restored(names)
             if not done:
                 self.materialize(names)

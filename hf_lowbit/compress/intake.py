@@ -159,7 +159,7 @@ class Intake:
 
     def _compress(self, names: list[str]) -> None:
         """Compress what has come so far, as soon as there is work for every thread or nothing more will come."""
-        self._waiting += [name for name in names if not self.run.restored([name])]
+        self._waiting += [name for name in self.run.leave_dense(names) if not self.run.restored([name])]
         step = self.run.at_once
         while len(self._waiting) >= step or (self._waiting and len(self._arrived) == len(self._layers)):
             now, self._waiting = self._waiting[:step], self._waiting[step:]

@@ -65,7 +65,8 @@ def block_units(run: Run, stack: Mapping[str, nn.Module], rule: LowBitConfig) ->
         names = [name for name, own in run.targets.methods.items() if own is rule and name.startswith(f"{prefix}.")]
         sizes = [features(run.model.get_submodule(name)) for name in names]
         if sizes:
-            found.append(registry.BlockUnit(prefix, sum(rows * columns for rows, columns in sizes)))
+            weights = sum(rows * columns for rows, columns in sizes)
+            found.append(registry.BlockUnit(prefix, weights, tuple(sizes)))
     return found
 
 

@@ -7,6 +7,12 @@ from typing import Any
 
 # method -> options that make a small layer quick to compress, several sets to cover the method's forms
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "adasvd": [
+        {},
+        {"ratio": 0.4, "iterations": 0},
+        {"ratio": 0.6, "init": "svd", "iterations": 3},
+        {"ratio": 0.5, "rank_multiple": 4, "factor_dtype": "float32"},
+    ],
     "arb": [
         {"variant": variant, "iterations": 4, "x_iterations": 4, "quantiles": 9, "max_salient_per_block": 12}
         for variant in ("rc", "x", "arb", "billm", "rtn")
@@ -27,6 +33,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 
 # method -> options of the plain baseline of its kind
 BASELINE: dict[str, dict[str, Any]] = {
+    "adasvd": {"init": "svd", "iterations": 0},
     "arb": {"variant": "rtn"},
     "pbs2p": {"fit": "plain", "groups": "none", "compensation": "none"},
 }
+# method -> options that the baseline shares with what it is compared with, such as the size
+SHARED: dict[str, tuple[str, ...]] = {"adasvd": ("ratio", "rank_multiple")}
+
+# formats whose reference multiplies by the dense weight, rounded once, as the dequantized layer does
+REBUILT = ("binary",)

@@ -15,6 +15,7 @@ from hf_lowbit.kernels import unpack_plane
 from hf_lowbit.methods.arb.algorithm import quantize_blocks as arb_blocks
 from hf_lowbit.methods.pbs2p import search
 from hf_lowbit.methods.pbs2p.algorithm import quantize, quantize_blocks
+from hf_lowbit.numerics.importance import importance_of
 
 
 def layer(rows=16, columns=144, seed=0):
@@ -363,14 +364,14 @@ BOWL = [0.01, 0.6, 0.93, 0.97, 0.98, 0.985, 0.99, 0.98, 0.95, 0.4]
 @pytest.mark.parametrize("kind", ["one_minus_cos", "arccos", "inverse_cos", "cos", "uniform"])
 def test_importance_equals_oracle(kind):
     for cosines in (BOWL, [1.0, 1.0], [-1.0, 0.0, 2.0], [0.5]):
-        found = search.importance_of(cosines, kind)
+        found = importance_of(cosines, kind)
         assert found == pytest.approx(oracle.importance(cosines, kind), rel=1e-12)
-    assert search.importance_of([-0.5, -0.5], "cos") == [1.0, 1.0]
+    assert importance_of([-0.5, -0.5], "cos") == [1.0, 1.0]
 
 
 def test_a_cosine_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="not a number"):
-        search.importance_of([0.5, float("nan")], "cos")
+        importance_of([0.5, float("nan")], "cos")
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -379,7 +380,7 @@ def test_budget_is_exact_and_equals_oracle(seed):
     cosines = (1 - rng.random(30) ** 3).tolist()
     for n, low, high in [(4, 3, 6), (4, 1, 8), (6, 5, 8), (5, 5, 5), (7, 6, 8), (1, 1, 3), (8, 7, 8)]:
         for kind in ("one_minus_cos", "arccos", "cos"):
-            found = search.counts_within_budget(search.importance_of(cosines, kind), [7] * 30, n, (low, high))
+            found = search.counts_within_budget(importance_of(cosines, kind), [7] * 30, n, (low, high))
             assert found == oracle.kept_per_block(oracle.importance(cosines, kind), n, low, high)
             assert sum(found) == 30 * n
             assert all(low <= count <= high for count in found)
@@ -389,16 +390,14 @@ def test_budget_of_blocks_of_several_sizes_is_not_exceeded():
     rng = np.random.default_rng(0)
     for _ in range(50):
         weights = rng.integers(1, 100, 12).tolist()
-        counts = search.counts_within_budget(
-            search.importance_of(rng.random(12).tolist(), "arccos"), weights, 4, (3, 6)
-        )
+        counts = search.counts_within_budget(importance_of(rng.random(12).tolist(), "arccos"), weights, 4, (3, 6))
         spare = 4 * sum(weights) - sum(w * c for w, c in zip(weights, counts, strict=True))
         # what is left over is less than one more weight per group of any block that could take it
         assert 0 <= spare < min([w for w, c in zip(weights, counts, strict=True) if c < 6], default=1)
 
 
 def test_important_blocks_keep_more():
-    counts = search.counts_within_budget(search.importance_of(BOWL, "one_minus_cos"), [1] * 10, 4, (3, 6))
+    counts = search.counts_within_budget(importance_of(BOWL, "one_minus_cos"), [1] * 10, 4, (3, 6))
     assert counts[0] == max(counts) > min(counts) == counts[6]
 
 

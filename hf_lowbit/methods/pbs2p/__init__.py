@@ -8,7 +8,8 @@ from typing import Any
 from hf_lowbit.formats import BinaryFormat
 from hf_lowbit.methods.pbs2p.algorithm import quantize
 from hf_lowbit.methods.pbs2p.options import PBS2PConfig
-from hf_lowbit.methods.pbs2p.search import counts_within_budget, importance_of
+from hf_lowbit.methods.pbs2p.search import counts_within_budget
+from hf_lowbit.numerics.importance import importance_of
 from hf_lowbit.registry import BlockUnit, LinearUnit, Method, register
 
 __all__ = ["PBS2PConfig"]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from hf_lowbit.config import CalibratedConfig, option, shown
+from hf_lowbit.config import CalibratedConfig, option, planned_for, planned_problems
 from hf_lowbit.formats.binary import SCALE_DTYPES
 
 IMPORTANCE = ("one_minus_cos", "arccos", "inverse_cos", "cos", "uniform")
@@ -82,7 +82,7 @@ class PBS2PConfig(CalibratedConfig):
         """Return what is wrong with the values, empty if nothing is."""
         found = super().problems()
         if self.layers is not None and not isinstance(self.layers, Mapping):
-            return [*found, f"layers must map names of decoder blocks to N, got {shown(self.layers)}"]
+            return found + planned_problems(self.layers, "N", bool, "")
         if found:
             return found
         if self.n > self.m:
@@ -95,11 +95,10 @@ class PBS2PConfig(CalibratedConfig):
             if value and (value > other if name == "n_low" else not other <= value <= self.m):
                 limits = f"from 1 to n = {self.n}" if name == "n_low" else f"from n = {self.n} to m = {self.m}"
                 found.append(f"{name} must be {limits} (or 0), or the mean cannot be n; got {value}")
-        for name, value in (self.layers or {}).items():
-            if not isinstance(name, str) or not name or not name.isprintable() or len(name) > 1000:
-                found.append(f"layers: {shown(name)} is not the name of a module")
-            elif type(value) is not int or not 1 <= value <= self.m:
-                found.append(f"layers[{shown(name)}] must be an integer from 1 to m = {self.m}, got {shown(value)}")
+        fits = range(1, self.m + 1)
+        found += planned_problems(
+            self.layers, "N", lambda n: type(n) is int and n in fits, f"an integer from 1 to m = {self.m}"
+        )
         return found
 
     def _values(self) -> dict[str, Any]:
@@ -119,11 +118,4 @@ class PBS2PConfig(CalibratedConfig):
         Raises:
             ValueError: ``layers`` is given and holds no block around the module.
         """
-        if self.layers is None:
-            return self.n
-        path = module.split(".")
-        for end in range(len(path), 0, -1):
-            found = self.layers.get(".".join(path[:end]))
-            if found is not None:
-                return found
-        raise ValueError(f"{module}: is in none of the blocks that layers gives N for; leave layers out to plan anew")
+        return self.n if self.layers is None else int(planned_for(self.layers, "N", module))

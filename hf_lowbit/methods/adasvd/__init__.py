@@ -1,0 +1,69 @@
+"""AdaSVD: low-rank weights with adaptive compensation and adaptive ratios (arXiv 2502.01403)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hf_lowbit.formats import LowRankFormat
+from hf_lowbit.methods.adasvd.algorithm import factorize
+from hf_lowbit.methods.adasvd.options import AdaSVDConfig, rank_of, saves
+from hf_lowbit.methods.adasvd.ratios import filled, ratios_within_budget
+from hf_lowbit.numerics.importance import importance_of
+from hf_lowbit.registry import BlockUnit, LinearUnit, Method, register
+
+__all__ = ["AdaSVDConfig"]
+
+
+def _compress(unit: LinearUnit, stats: Any, options: AdaSVDConfig) -> LowRankFormat:
+    moment = None if stats is None else stats.second_moment(torch.float64)
+    tokens = None if stats is None else stats.tokens
+    return factorize(unit.weight, moment, options, unit.name, tokens, unit.trace)
+
+
+def _plan(
+    blocks: list[BlockUnit], options: AdaSVDConfig, similarity: Callable[[], dict[str, float]]
+) -> dict[str, Any]:
+    """Return the ratio of every block; nothing where the same holds for all, or the config gives them."""
+    known = options.layers or {}
+    missing = [block for block in blocks if block.name not in known]
+    if not missing:
+        return {}
+    if len(missing) < len(blocks):
+        lacking = ", ".join(block.name for block in missing[:10])
+        raise ValueError(f"layers gives a ratio for some blocks only; it lacks {lacking}")
+    if options.importance == "uniform" or options.floor >= options.ratio or len(missing) == 1:
+        return {block.name: options.ratio for block in missing} if known else {}
+    cosines = similarity()
+    importance = importance_of([cosines[block.name] for block in missing], options.importance)
+    ratios = ratios_within_budget(importance, [block.weights for block in missing], options.ratio, options.floor)
+    budget = options.ratio * sum(block.weights for block in missing)
+    ratios = filled(ratios, [block.shapes for block in missing], budget, options.rank_multiple)
+    return dict(zip((block.name for block in missing), ratios, strict=True))
+
+
+def _leaves_dense(name: str, shape: tuple[int, int], options: AdaSVDConfig) -> str | None:
+    ratio = options.ratio_of(name)
+    if saves(shape, rank_of(shape, ratio, options.rank_multiple)):
+        return None
+    return f"factors would save nothing at ratio {ratio:.4g}"
+
+
+register(
+    Method(
+        name="adasvd",
+        title="AdaSVD",
+        summary="low-rank weights: two factors that keep the outputs, a ratio for each decoder block",
+        paper="2502.01403",
+        config=AdaSVDConfig,
+        unit="linear",
+        needs="tokens",
+        format="low_rank",
+        status="works: whitened truncation, adaComp, adaCR, baseline svd; factors in plain floating point only",
+        compress=_compress,
+        plan=_plan,
+        leaves_dense=_leaves_dense,
+    )
+)

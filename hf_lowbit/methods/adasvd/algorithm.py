@@ -1,0 +1,141 @@
+"""AdaSVD: one linear layer, in the paper's order. Tensors in, a packed ``low_rank`` weight out.
+
+======  =============  ======================================================
+paper   here           meaning
+======  =============  ======================================================
+W       weight         (n, m)
+X Xᵀ    second_moment  (m, m), Σ x xᵀ up to a factor
+𝒰       up             (n, r)
+𝒱ᵀ      down           (r, m)
+τ       iterations     refits of both
+======  =============  ======================================================
+
+Source: AdaSVD (arXiv 2502.01403), Algorithm 1; whitened truncation of SVD-LLM (arXiv 2403.07378).
+Differs: the refits (adaComp) need the inputs through their second moment alone, so all samples count and none have to
+be averaged to fit into memory ("stack of batch", which divides the covariance of the inputs and raises the error).
+Started from the whitened truncation *of the same second moment* adaComp has nothing to gain, since that is the best
+there is; from the plain decomposition it converges to it. Both are tested, and of the start and all refits the best is
+kept. The last refit of U sees V as it is stored, which takes back part of the rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats.low_rank import FACTOR_DTYPES, LowRankFormat
+from hf_lowbit.methods.adasvd.options import AdaSVDConfig, rank_of
+from hf_lowbit.numerics import low_rank
+
+logger = logging.getLogger(__name__)
+Factors = tuple[Tensor, Tensor]
+
+
+def factorize(
+    weight: Tensor,
+    second_moment: Tensor | None,
+    options: AdaSVDConfig,
+    where: str,
+    tokens: int | None = None,
+    trace: list[dict[str, Any]] | None = None,
+) -> LowRankFormat:
+    """Factorize one linear layer.
+
+    Args:
+        weight: (n, m), floating; not modified. Computed in float64.
+        second_moment: (m, m), any positive multiple of Σ x xᵀ over the layer's inputs, or None for a run without data.
+        options: see :class:`AdaSVDConfig`.
+        where: name of the layer, for its ratio and for messages.
+        tokens: how many inputs the second moment is of, None if there are plenty.
+        trace: receives one row: rank, error of the start and after each refit, whether the moment was damped.
+
+    Returns:
+        The packed weight, also where its rank saves nothing; a run leaves such a layer dense.
+
+    Raises:
+        ValueError: weight or second moment hold NaN or infinity, or their shapes disagree.
+    """
+    rank = rank_of((weight.shape[0], weight.shape[1]), options.ratio_of(where), options.rank_multiple)
+    dtype = weight.dtype if options.factor_dtype == "auto" else FACTOR_DTYPES[options.factor_dtype]
+    if dtype not in FACTOR_DTYPES.values():
+        dtype = torch.float32
+    weight = weight.double()
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{where}: weight holds NaN or infinity")
+    moment, damped = _usable(second_moment, weight.shape[1], options.damping, where, tokens)
+    (up, down), errors = best_factors(weight, moment, rank, options.init, options.iterations)
+    up, down = low_rank.balance(up, down)
+    found = LowRankFormat.pack(up, down, dtype)
+    if options.iterations:
+        found = _refit_rounded(weight, moment, found, dtype)
+    if trace is not None:
+        whole = low_rank.output_error(weight, moment, torch.zeros_like(up), down) or 1.0
+        trace.append({"rank": rank, "errors": [error / whole for error in errors], "damped": damped})
+    return found
+
+
+def best_factors(
+    weight: Tensor, moment: Tensor | None, rank: int, init: str, iterations: int
+) -> tuple[Factors, list[float]]:
+    """Truncate, refit, and keep what leaves the least error.
+
+    Returns:
+        The factors, and the errors of the start and after each step.
+    """
+    best = start = low_rank.truncate(weight, None if init == "svd" else moment, rank)
+    errors = [low_rank.output_error(weight, moment, *start)]
+    for factors in low_rank.alternate(weight, moment, *start, iterations):
+        error = low_rank.output_error(weight, moment, *factors)
+        if error < min(errors):
+            best = factors
+        errors.append(error)
+    return best, errors
+
+
+def _refit_rounded(weight: Tensor, moment: Tensor | None, found: LowRankFormat, dtype: torch.dtype) -> LowRankFormat:
+    """Refit U to V as it is stored, if that lowers the error of what is stored."""
+    down = found.down.double()
+    up = low_rank.refit_up(weight, moment, down).to(dtype)
+    before, after = (low_rank.output_error(weight, moment, u.double(), down) for u in (found.up, up))
+    return LowRankFormat.pack(up, found.down, dtype) if after < before else found
+
+
+def _usable(
+    second_moment: Tensor | None, columns: int, damping: float, where: str, tokens: int | None
+) -> tuple[Tensor | None, bool]:
+    """Return the second moment in float64, or None where it says nothing, and whether it was damped.
+
+    Raises:
+        ValueError: it holds NaN or infinity, or has another shape.
+    """
+    if second_moment is None:
+        return None, False
+    if tuple(second_moment.shape) != (columns, columns):
+        raise ValueError(
+            f"{where}: second moment has shape {tuple(second_moment.shape)}, expected ({columns}, {columns})"
+        )
+    moment = second_moment.double()
+    if not bool(torch.isfinite(moment).all()):
+        raise ValueError(f"{where}: second moment holds NaN or infinity")
+    diagonal = moment.diagonal()
+    dead = int((diagonal <= 0).sum())
+    if dead == columns:
+        logger.warning("%s: all its inputs are zero; it is factorized without them", where)
+        return None, False
+    if 2 * dead > columns:
+        logger.warning("%s: %d of its %d input channels are always zero", where, dead, columns)
+    damped = tokens is not None and tokens < columns and damping > 0
+    if damped:
+        logger.warning(
+            "%s: calibrated on %d tokens, fewer than its %d columns; %g of the mean diagonal is added to the second "
+            "moment",
+            where,
+            tokens,
+            columns,
+            damping,
+        )
+        moment = moment + damping * diagonal.mean() * torch.eye(columns, dtype=moment.dtype, device=moment.device)
+    return moment, damped

@@ -1,0 +1,110 @@
+"""Options of AdaSVD; defaults are the paper's where it states them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from hf_lowbit.config import CalibratedConfig, option, planned_for, planned_problems
+from hf_lowbit.formats.low_rank import FACTOR_DTYPES
+
+IMPORTANCE = ("one_minus_cos", "arccos", "cos", "uniform")
+
+
+@dataclasses.dataclass(kw_only=True)
+class AdaSVDConfig(CalibratedConfig):
+    """Low-rank weights, truncated to keep the layers' outputs, with a ratio for each block (AdaSVD, arXiv 2502.01403).
+
+    ``AdaSVDConfig(ratio=0.6)`` keeps 60 % of the parameters of the compressed layers (the paper calls that a
+    compression of 40 %): W (n, m) becomes U (n, r) times V (r, m). Decoder blocks that change their input more keep
+    more, under one budget; a layer that would keep all it has stays dense. With ``calibration=None`` no data is used:
+    plain singular value decomposition at the same ratio everywhere.
+
+    Attributes:
+        layers: ratio of each decoder block by name. Filled by the run; given beforehand, these are used as they are.
+    """
+
+    method: ClassVar[str] = "adasvd"
+
+    calibration: Any = dataclasses.field(default="wikitext2", repr=False)
+    samples: int = option(256, "calibration sequences", low=1)
+    layers: Mapping[str, float] | None = None
+    ratio: float = option(0.8, "share of the parameters kept (trr), from 0.001 to 1", low=1e-3, high=1.0)
+    min_ratio: float = option(
+        0.0, "least ratio of a block (mrr); 0 means ratio - 0.1, at least 0.05", low=0.0, high=1.0
+    )
+    importance: str = option(
+        "one_minus_cos",
+        "how a block's importance follows from the cosine of its input and output; uniform, and any run without data: "
+        "the same ratio everywhere",
+        choices=IMPORTANCE,
+    )
+    init: str = option(
+        "whitened",
+        "where factors start: whitened, the best for the inputs, or svd, the plain decomposition of the weight",
+        choices=("whitened", "svd"),
+    )
+    iterations: int = option(1, "refits of U and of V after truncation (adaComp, τ)", low=0, high=1000)
+    rank_multiple: int = option(
+        1, "ranks are rounded down to a multiple of it; 16 suits tensor cores", low=1, high=256
+    )
+    damping: float = option(
+        0.01, "share of the mean diagonal added to the second moment of fewer tokens than columns", low=0.0, high=1.0
+    )
+    factor_dtype: str = option(
+        "auto", "dtype of the stored factors; auto: that of the dense weight", choices=("auto", *FACTOR_DTYPES)
+    )
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, empty if nothing is."""
+        found = super().problems()
+        found += planned_problems(
+            self.layers,
+            "a ratio",
+            lambda share: type(share) in (int, float) and 0 < share <= 1,
+            "a number above 0 and at most 1",
+        )
+        if not found and self.min_ratio > self.ratio:
+            found.append(f"min_ratio must not exceed ratio = {self.ratio}, got {self.min_ratio}")
+        return found
+
+    def _values(self) -> dict[str, Any]:
+        values = super()._values()
+        if self.layers is not None:
+            values["layers"] = dict(self.layers)
+        return values
+
+    @property
+    def floor(self) -> float:
+        """Least ratio of a block."""
+        return self.min_ratio or min(self.ratio, max(0.05, self.ratio - 0.1))
+
+    def ratio_of(self, module: str) -> float:
+        """Return the ratio of a module.
+
+        Raises:
+            ValueError: ``layers`` is given and holds no block around the module.
+        """
+        return self.ratio if self.layers is None else float(planned_for(self.layers, "a ratio", module))
+
+
+def rank_of(shape: tuple[int, int], ratio: float, multiple: int = 1) -> int:
+    """Rank at which factors hold a share of a weight's parameters, ``⌊ratio · n m / (n + m)⌋``, but at least 1.
+
+    Args:
+        shape: (n, m).
+        ratio: share kept.
+        multiple: of which the rank is one, rounded down, unless that would leave none.
+
+    Source: AdaSVD (arXiv 2502.01403), Eq. 21; the published code of SVD-LLM.
+    """
+    rows, columns = shape
+    rank = max(1, math.floor(ratio * rows * columns / (rows + columns) + 1e-9))  # a ratio may be made from a rank
+    return rank // multiple * multiple or rank
+
+
+def saves(shape: tuple[int, int], rank: int) -> bool:
+    """Return whether factors of a rank hold fewer parameters than the weight."""
+    return rank * sum(shape) < shape[0] * shape[1]
