@@ -39,19 +39,22 @@ def truncate(weight: Tensor, second_moment: Tensor | None, rank: int) -> tuple[T
     value decomposition P Σ Qᵀ of WL, the published form P_r Σ_r Q_rᵀ L⁻¹ equals P_r P_rᵀ W, and P_r holds the leading
     eigenvectors of W G Wᵀ. For n > m they come from the smaller matrix LᵀWᵀWL.
     """
-    rows, columns = weight.shape
-    if rows <= columns:
-        gram = weight @ (weight.T if second_moment is None else second_moment @ weight.T)
-        up = _leading(gram, rank)
-    else:
-        whitened = weight if second_moment is None else weight @ _root(second_moment)
-        up = torch.linalg.qr(whitened @ _leading(whitened.T @ whitened, rank)).Q
+    up = leading_outputs(weight, second_moment)[:, :rank]
     return up, up.T @ weight
 
 
-def _leading(gram: Tensor, rank: int) -> Tensor:
-    """Eigenvectors of the largest eigenvalues, (k, rank), the largest first."""
-    return torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, -rank:].flip(1)
+def leading_outputs(weight: Tensor, second_moment: Tensor | None) -> Tensor:
+    """Orthonormal directions of the outputs, (n, min(n, m)), most energy first: P of :func:`truncate`, whole."""
+    rows, columns = weight.shape
+    if rows <= columns:
+        return _eigenvectors(weight @ (weight.T if second_moment is None else second_moment @ weight.T))
+    whitened = weight if second_moment is None else weight @ _root(second_moment)
+    return torch.linalg.qr(whitened @ _eigenvectors(whitened.T @ whitened)).Q
+
+
+def _eigenvectors(gram: Tensor) -> Tensor:
+    """Eigenvectors of a symmetric matrix, those of the largest eigenvalues first."""
+    return torch.linalg.eigh((gram + gram.T) / 2).eigenvectors.flip(1)
 
 
 def _root(second_moment: Tensor) -> Tensor:

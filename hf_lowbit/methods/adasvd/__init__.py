@@ -9,7 +9,7 @@ import torch
 
 from hf_lowbit.formats import LowRankFormat
 from hf_lowbit.methods.adasvd.algorithm import factorize
-from hf_lowbit.methods.adasvd.options import AdaSVDConfig, rank_of, saves
+from hf_lowbit.methods.adasvd.options import AdaSVDConfig, stays_dense
 from hf_lowbit.methods.adasvd.ratios import filled, ratios_within_budget
 from hf_lowbit.numerics.importance import importance_of
 from hf_lowbit.registry import BlockUnit, LinearUnit, Method, register
@@ -46,9 +46,11 @@ def _plan(
 
 def _leaves_dense(name: str, shape: tuple[int, int], options: AdaSVDConfig) -> str | None:
     ratio = options.ratio_of(name)
-    if saves(shape, rank_of(shape, ratio, options.rank_multiple)):
-        return None
-    return f"factors would save nothing at ratio {ratio:.4g}"
+    return (
+        f"factors would save nothing at ratio {ratio:.4g}"
+        if stays_dense(shape, ratio, options.rank_multiple)
+        else None
+    )
 
 
 register(

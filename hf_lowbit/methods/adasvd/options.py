@@ -105,6 +105,6 @@ def rank_of(shape: tuple[int, int], ratio: float, multiple: int = 1) -> int:
     return rank // multiple * multiple or rank
 
 
-def saves(shape: tuple[int, int], rank: int) -> bool:
-    """Return whether factors of a rank hold fewer parameters than the weight."""
-    return rank * sum(shape) < shape[0] * shape[1]
+def stays_dense(shape: tuple[int, int], ratio: float, multiple: int = 1) -> bool:
+    """Return whether a layer keeps its weight: its ratio is 1, or factors of its rank would be no smaller."""
+    return ratio >= 1 or rank_of(shape, ratio, multiple) * sum(shape) >= shape[0] * shape[1]

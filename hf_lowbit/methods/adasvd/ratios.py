@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_lowbit.methods.adasvd.options import rank_of, saves
+from hf_lowbit.methods.adasvd.options import rank_of, stays_dense
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -53,9 +53,10 @@ def ratios_within_budget(importance: Sequence[float], sizes: Sequence[int], rati
 
 def kept(shapes: Shapes, ratio: float, multiple: int) -> int:
     """Parameters that the layers of a block keep; all of a layer that stays dense."""
-    ranks = [rank_of(shape, ratio, multiple) for shape in shapes]
-    pairs = zip(shapes, ranks, strict=True)
-    return sum(rank * sum(shape) if saves(shape, rank) else shape[0] * shape[1] for shape, rank in pairs)
+    return sum(
+        shape[0] * shape[1] if stays_dense(shape, ratio, multiple) else rank_of(shape, ratio, multiple) * sum(shape)
+        for shape in shapes
+    )
 
 
 def filled(ratios: Sequence[float], blocks: Sequence[Shapes], budget: float, multiple: int) -> list[float]:
@@ -78,7 +79,7 @@ def filled(ratios: Sequence[float], blocks: Sequence[Shapes], budget: float, mul
         steps = {i: _next_ratio(blocks[i], found[i], multiple) for i in open_blocks}
         i = min(open_blocks, key=lambda i: (steps[i] - found[i], i))
         cost = kept(blocks[i], steps[i], multiple) - kept(blocks[i], found[i], multiple)
-        if steps[i] > 1.0 or cost > left:
+        if steps[i] >= 1.0 or cost > left:
             open_blocks.remove(i)
             continue
         found[i], left = steps[i], left - cost
@@ -87,9 +88,9 @@ def filled(ratios: Sequence[float], blocks: Sequence[Shapes], budget: float, mul
 
 def _next_ratio(shapes: Shapes, ratio: float, multiple: int) -> float:
     """Least ratio at which a layer of a block has a higher rank than at ``ratio``; above 1 if there is none."""
-    steps = []
-    for rows, columns in shapes:
-        rank = rank_of((rows, columns), ratio, multiple)
-        if saves((rows, columns), rank):
-            steps.append((rank // multiple + 1) * multiple * (rows + columns) / (rows * columns))
+    steps = [
+        (rank_of((rows, columns), ratio, multiple) // multiple + 1) * multiple * (rows + columns) / (rows * columns)
+        for rows, columns in shapes
+        if not stays_dense((rows, columns), ratio, multiple)
+    ]
     return min(steps, default=2.0)
