@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hf_lowbit.compress.engine import Run, weight_problems
+from hf_lowbit.compress.engine import Run, give_back_memory, weight_problems
 from hf_lowbit.compress.source import CheckpointSource
 from hf_lowbit.experts import expert_names, fused_name, fused_parameters, take_apart
 from hf_lowbit.layers import stored_shape
@@ -61,6 +61,7 @@ class Intake:
                     self._put_off(parameter, names, key)
                 else:
                     self._compress(names)
+                    give_back_memory()  # or what is free between the packed layers grows with them
         except Exception as error:
             self.failure = error
 

@@ -3,7 +3,7 @@
 Few tokens: the compiled library multiplies bytes that the bits of the planes select. Activations become integers of
 ``digits`` bytes with one scale for 128 columns: three bytes hold float32 (relative error about 1e-7), two hold
 bfloat16 and float16 (2e-5), one is the opt-in fast mode (6e-3). Many tokens: some rows at a time are unpacked to the
-dtype of the activations in a scratch buffer, and multiplied there by tiles (bfloat16, processors with AMX) or by torch.
+dtype of the activations in a scratch buffer, and multiplied there by tiles (bfloat16, AMX) or by torch.
 
 Salient columns are gathered once per weight into planes of their own ("runs", see ``csrc/binary.h``), and scales are
 put into the order in which they are read. Both are kept beside the weight and never saved: about 1.2 bits per weight
