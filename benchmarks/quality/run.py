@@ -53,7 +53,9 @@ def measure(config: LowBitConfig | None, calibration: Tensor, heldout: Tensor) -
     packed = packed_modules(loaded).values()
     weights = sum(layer.in_features * layer.out_features for layer in packed)
     result["bits_per_weight"] = 8 * sum(layer.packed.nbytes for layer in packed) / weights
-    result["salient_share"] = statistics.mean(layer.spec.salient / layer.in_features for layer in packed)
+    result["salient_share"] = statistics.mean(
+        getattr(layer.spec, "salient", 0) / layer.in_features for layer in packed
+    )
     result["seconds_per_layer"] = statistics.mean(row["seconds"] for row in rows)
     result["errors"] = {
         kind: statistics.mean(

@@ -172,7 +172,7 @@ class Run:
             options = self.targets.methods[name]
             reason_for = registry.get(options.method).leaves_dense
             reason = reason_for and reason_for(name, features(self.model.get_submodule(name)), options)
-            if reason and not fused_name(name):  # experts are stored in one parameter, unless all are packed
+            if reason and not fused_name(name):  # dense experts belong into their one parameter
                 self.materialize([name])
                 del self.targets.methods[name]
                 self.targets.dense[name] = reason

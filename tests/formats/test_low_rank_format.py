@@ -53,7 +53,7 @@ def test_product_against_float64(shape, dtype, stored):
             assert float((out.double() - want).norm() / want.norm()) < 4 * torch.finfo(dtype).eps
 
 
-def test_op_check_gradients_and_compile():
+def test_schema_shapes_and_gradients_of_the_op():
     form, x, bias = packed(), torch.randn(3, 40), torch.randn(24)
     opcheck(torch.ops.hf_lowbit.low_rank_linear.default, (x, form.up, form.down, bias))
     opcheck(torch.ops.hf_lowbit.low_rank_linear.default, (x[0], form.up, form.down, None))

@@ -1,0 +1,264 @@
+"""Quality and speed of AdaSVD on SmolLM2-135M: layers, perplexity at several ratios, decoding.
+
+    python -m benchmarks.quality.adasvd --part layers products decode   # some minutes on one core
+    python -m benchmarks.quality.adasvd --part quick                    # perplexity, layers fitted to the dense model
+    python -m benchmarks.quality.adasvd --part sequential               # perplexity, each block on compressed inputs
+    python -m benchmarks.report                                         # renders the tables from the result files
+
+Text is Python's language manual, for calibration and, other parts of it, for measuring: what the known figures were
+taken with. ``quick`` takes all second moments from the dense model, so that every variant shares them.
+
+Writes ``benchmarks/results/quality_adasvd/*.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+import assets
+import hf_lowbit
+from benchmarks.common import read_results, write_result
+from benchmarks.quality.pbs2p import dense_statistics, manual
+from hf_lowbit import AdaSVDConfig, PackedLinear, RunOptions, packed_modules, registry
+from hf_lowbit.calibration import capture
+from hf_lowbit.formats import LowRankFormat
+from hf_lowbit.methods.adasvd.options import rank_of, stays_dense
+from hf_lowbit.numerics import low_rank
+from hf_lowbit.report.bench import timed_in_turn
+from hf_lowbit.report.evaluate import perplexity
+
+RATIOS = (0.8, 0.6, 0.4)
+# name of the variant -> where factors start, rounds of refits, importance of blocks
+VARIANTS = {
+    "plain SVD": ("svd", 0, "uniform"),
+    "plain SVD, adaComp": ("svd", 1, "uniform"),
+    "whitened SVD": ("whitened", 0, "uniform"),
+    "whitened SVD, adaCR": ("whitened", 0, "one_minus_cos"),
+    "whitened SVD, adaCR with cos": ("whitened", 0, "cos"),
+}
+LAYERS = ("15.self_attn.q_proj", "15.mlp.gate_proj", "15.mlp.down_proj", "28.self_attn.o_proj")
+# name of the run -> options
+SEQUENTIAL: dict[str, dict[str, Any]] = {
+    "0.6, uniform": {"ratio": 0.6, "importance": "uniform"},
+    "0.6, adaCR": {"ratio": 0.6},
+    "0.4, adaCR": {"ratio": 0.4},
+    "0.8, adaCR": {"ratio": 0.8},
+    "0.4, uniform": {"ratio": 0.4, "importance": "uniform"},
+    "0.8, uniform": {"ratio": 0.8, "importance": "uniform"},
+}
+
+
+def _pair(outputs: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    return outputs[:, :rank], outputs[:, :rank].T @ weight
+
+
+def _relative(weight: Tensor, moment: Tensor, factors: tuple[Tensor, Tensor]) -> float:
+    residual = weight - factors[0] @ factors[1]
+    return float(((residual @ moment) * residual).sum() / ((weight @ moment) * weight).sum())
+
+
+def layers() -> dict[str, Any]:
+    """Return output errors of four layers, on the inputs of the dense model: starts, and refits from each."""
+    model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.float32)
+    stats, _ = dense_statistics(model, manual(32)[0], [15, 28])
+    found: dict[str, Any] = {}
+    for layer in tqdm(LAYERS, unit="layer"):
+        name = f"model.layers.{layer}"
+        weight = model.get_submodule(name).weight.detach().double()
+        moment = stats[name].second_moment(torch.float64)
+        starts = {
+            "plain": low_rank.leading_outputs(weight, None),
+            "whitened": low_rank.leading_outputs(weight, moment),
+        }
+        for ratio in RATIOS:
+            rank = rank_of((weight.shape[0], weight.shape[1]), ratio)
+            row: dict[str, Any] = {"rank": rank}
+            for title, outputs in starts.items():
+                pair = _pair(outputs, weight, rank)
+                steps = list(low_rank.alternate(weight, moment, *pair, 15))
+                row[title] = _relative(weight, moment, pair)
+                row[f"{title}, 1"], row[f"{title}, 15"] = (_relative(weight, moment, steps[i]) for i in (1, -1))
+            found.setdefault(layer, {})[str(ratio)] = row
+    return {"layers": found}
+
+
+def _ratios(model: Any, cosines: dict[str, float], ratio: float, importance: str) -> dict[str, float]:
+    """Return the ratio of every block, as a run would plan it."""
+    config = AdaSVDConfig(ratio=ratio, importance=importance)
+    units = []
+    for name, block in capture.find_stacks(model)[0].items():
+        shapes = tuple(m.weight.shape for m in block.modules() if isinstance(m, nn.Linear))
+        units.append(registry.BlockUnit(name, sum(n * m for n, m in shapes), tuple((n, m) for n, m in shapes)))
+    plan: Any = registry.get("adasvd").plan
+    return plan(units, config, lambda: cosines) or dict.fromkeys(cosines, ratio)
+
+
+def quick() -> dict[str, Any]:
+    """Return perplexity and mean error of every variant, all layers fitted to the dense model's inputs."""
+    model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.bfloat16)
+    calibration, heldout = manual(32)
+    blocks = list(capture.find_stacks(model)[0])
+    stats, values = dense_statistics(model, calibration, list(range(len(blocks))))
+    cosines = dict(zip(blocks, values, strict=True))
+    cases = {(r, title): v for r in RATIOS for title, v in VARIANTS.items() if v[2] != "cos" or r == 0.6}
+    plans = {case: _ratios(model, cosines, case[0], importance) for case, (_, _, importance) in cases.items()}
+    models = {case: copy.deepcopy(model) for case in cases}
+    errors: dict[Any, list[float]] = {case: [] for case in cases}
+    held = dict.fromkeys(cases, 0)
+    for name, own in tqdm(stats.items(), desc="layers", unit="layer"):
+        weight = model.get_submodule(name).weight.detach().double()
+        shape = (weight.shape[0], weight.shape[1])
+        moment = own.second_moment(torch.float64)
+        starts = {"svd": low_rank.leading_outputs(weight, None), "whitened": low_rank.leading_outputs(weight, moment)}
+        for case, (start, iterations, _) in cases.items():
+            ratio = plans[case][".".join(name.split(".")[:3])]
+            if stays_dense(shape, ratio):
+                held[case] += shape[0] * shape[1]
+                errors[case].append(0.0)
+                continue
+            pair = _pair(starts[start], weight, rank_of(shape, ratio))
+            *_, pair = pair, *low_rank.alternate(weight, moment, *pair, iterations)
+            packed = LowRankFormat.pack(*low_rank.balance(*pair), torch.bfloat16)
+            held[case] += packed.nbytes // 2
+            errors[case].append(_relative(weight, moment, (packed.up.double(), packed.down.double())))
+            models[case].get_submodule(name).weight.copy_(packed.unpack())
+    total = sum(model.get_submodule(name).weight.numel() for name in stats)
+    found: dict[str, Any] = {"dense": {"perplexity": perplexity(model, heldout, 4)}}
+    for (ratio, title), fitted in models.items():
+        case = (ratio, title)
+        found[f"{ratio}, {title}"] = {
+            "perplexity": perplexity(fitted, heldout, 4),
+            "output_error": statistics.mean(errors[case]),
+            "kept": held[case] / total,
+            "ratios": plans[case],
+        }
+        print(case, found[f"{ratio}, {title}"]["perplexity"], flush=True)
+    return {"cosines": cosines, "variants": found}
+
+
+def sequential(titles: list[str]) -> dict[str, Any]:
+    """Return perplexity of runs in which every block is calibrated on what the compressed ones before it produce.
+
+    What the result file holds already is not measured again.
+    """
+    calibration, heldout = manual(32)
+    found = read_results("quality_adasvd").get("sequential", {}).get("runs", {})
+    for title in titles:
+        if title in found:
+            continue
+        model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.bfloat16)
+        began = time.perf_counter()
+        options = SEQUENTIAL[title]
+        config = AdaSVDConfig(calibration=calibration, samples=32, run=RunOptions(progress=False), **options)
+        report = hf_lowbit.quantize(model, config)
+        seconds = time.perf_counter() - began
+        dense = [name for name, reason in report.dense.items() if "save nothing" in reason]
+        numbers = sum(row["bytes"] // 2 for row in report.rows)
+        numbers += sum(model.get_submodule(name).weight.numel() for name in dense)
+        total = sum(row["weights"] for row in report.rows)
+        total += sum(model.get_submodule(name).weight.numel() for name in dense)
+        found[title] = {
+            "perplexity": perplexity(model, heldout, 4),
+            "output_error": statistics.mean(row["output_error"] for row in report.rows),
+            "kept": numbers / total,
+            "left_dense": len(dense),
+            "seconds": seconds,
+            "ratios": dict(model.config.quantization_config.layers or {}),
+        }
+        print(title, found[title]["perplexity"], f"{seconds:.0f} s", flush=True)
+        write_result("quality_adasvd/sequential", {"runs": found})
+    return {"runs": found}
+
+
+def _random_layer(dense: nn.Linear, ratio: float) -> PackedLinear:
+    rank = rank_of((dense.out_features, dense.in_features), ratio)
+    up, down = torch.randn(dense.out_features, rank), torch.randn(rank, dense.in_features)
+    return PackedLinear(LowRankFormat.pack(0.02 * up, 0.02 * down, torch.bfloat16), None, torch.bfloat16)
+
+
+def products() -> dict[str, Any]:
+    """Return times of one product in bfloat16: the op, its two products bare, and the dense weight.
+
+    Weights are many, so that each comes from memory, as in a model.
+    """
+    rows = []
+    for n, m, ratio in ((576, 576, 0.4), (1536, 576, 0.4), (4096, 4096, 0.4), (4096, 4096, 0.8)):
+        copies = max(2, 2**28 // (2 * n * m))
+        dense = [torch.randn(n, m).bfloat16() for _ in range(copies)]
+        rank = rank_of((n, m), ratio)
+        packed = [
+            LowRankFormat.pack(torch.randn(n, rank), torch.randn(rank, m), torch.bfloat16) for _ in range(copies)
+        ]
+        for batch in (1, 128):
+            x = torch.randn(batch, m).bfloat16()
+            ways: dict[str, Callable[[int], Any]] = {
+                "op": lambda turn, x=x, p=packed: p[turn % len(p)].linear(x, None),
+                "bare": lambda turn, x=x, p=packed: linear(linear(x, p[turn % len(p)].down), p[turn % len(p)].up),
+                "dense": lambda turn, x=x, d=dense: linear(x, d[turn % len(d)]),
+            }
+            times = timed_in_turn(ways, 3.0)
+            medians = {way: 1e6 * statistics.median(found) for way, found in times.items()}
+            rows.append(
+                {"rows": n, "columns": m, "ratio": ratio, "rank": rank, "batch": batch, "microseconds": medians}
+            )
+            print(rows[-1], flush=True)
+    return {"cases": rows}
+
+
+def decode(tokens: int = 24, turns: int = 5) -> dict[str, Any]:
+    """Return the speed of greedy decoding with low-rank layers and dense ones, in turn; the values do not matter."""
+    dense = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.bfloat16)
+    models: dict[str, Any] = {"dense": dense}
+    for ratio in RATIOS:
+        models[str(ratio)] = model = copy.deepcopy(dense)
+        names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in name]
+        for name in names:
+            model.set_submodule(name, _random_layer(model.get_submodule(name), ratio))
+        if len(packed_modules(model)) != len(names):
+            raise RuntimeError("not all layers were replaced")
+    prompt = torch.arange(100, 116)[None]
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(turns + 1):
+        for name, model in models.items():
+            began = time.perf_counter()
+            model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+            if turn:
+                times[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(found) / tokens for name, found in times.items()}
+    print({name: medians["dense"] / seconds for name, seconds in medians.items()}, flush=True)
+    return {"seconds_per_token": medians, "times_dense": {name: medians["dense"] / s for name, s in medians.items()}}
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "layers": layers,
+    "products": products,
+    "decode": decode,
+    "quick": quick,
+}
+
+
+def main() -> None:
+    """Parse arguments, measure, write."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--part", nargs="+", choices=[*PARTS, "sequential"], default=[*PARTS, "sequential"])
+    made.add_argument("--runs", nargs="+", choices=list(SEQUENTIAL), default=list(SEQUENTIAL), help="of sequential")
+    arguments = made.parse_args()
+    with torch.no_grad():
+        for part in arguments.part:
+            result = sequential(arguments.runs) if part == "sequential" else PARTS[part]()
+            write_result(f"quality_adasvd/{part}", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Tables of AdaSVD for ``benchmarks.report``: what was measured beside the figures known before, and the paper's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.common import read_results
+from benchmarks.tables import number, table
+
+RATIOS = ("0.8", "0.6", "0.4")
+# Perplexity of LLaMA2-7B on WikiText2 at 0.6 and 0.4: arXiv 2502.01403, Table 1 (SVD, SVD-LLM, AdaSVD).
+PUBLISHED = {
+    "plain SVD": (None, 39661.0, 65187.0),
+    "whitened SVD": (None, 16.11, 89.90),
+    "whitened SVD, adaCR": (None, 14.76, 50.33),
+}
+# Known before: the same protocol, on another text of the kind (perplexity of the dense model 20.07).
+KNOWN = {
+    "plain SVD": (4.9e6, None, None),
+    "whitened SVD": (39.3, 77.8, 239.8),
+    "whitened SVD, adaCR": (33.2, 55.1, 140.2),
+    "whitened SVD, adaCR with cos": (None, 99.5, None),
+}
+# Output errors of layers known before: plain, whitened, adaComp from plain with 1 and 15 rounds.
+KNOWN_LAYERS: dict[str, tuple[tuple[float, ...], ...]] = {
+    "15.self_attn.q_proj": (
+        (0.01850, 0.00342, 0.00371, 0.00342),
+        (0.03684, 0.00720, 0.00779, 0.00722),
+        (0.06421, 0.01532, 0.01656, 0.01534),
+    ),
+    "15.mlp.gate_proj": (
+        (0.06559, 0.01564, 0.01782, 0.01568),
+        (0.10895, 0.03036, 0.03438, 0.03042),
+        (0.16685, 0.05614, 0.06295, 0.05621),
+    ),
+    "15.mlp.down_proj": ((0.17606, 0.04384, 0.05266, 0.04393), (0.28217, 0.08706, 0.10588, 0.08723)),
+    "28.self_attn.o_proj": (
+        (0.05204, 0.00590, 0.00675, 0.00591),
+        (0.09428, 0.01298, 0.01495, 0.01299),
+        (0.16091, 0.02811, 0.03250, 0.02815),
+    ),
+}
+NOT_YET = "Not measured yet."
+
+
+def _part(name: str) -> dict[str, Any] | None:
+    return read_results("quality_adasvd").get(name)
+
+
+def perplexities() -> str:
+    """Return perplexities by ratio: fitted to the dense model, then in sequence; known ones and the paper's beside."""
+    result, runs = _part("quick"), (_part("sequential") or {}).get("runs", {})
+    if result is None:
+        return NOT_YET
+    variants = result["variants"]
+    rows = [["dense", *[number(variants["dense"]["perplexity"], 1)] * 3, "20.1", "5.68"]]
+    for title in dict.fromkeys(key.partition(", ")[2] for key in variants if ", " in key):
+        found = [variants.get(f"{ratio}, {title}", {}).get("perplexity") for ratio in RATIOS]
+        known, paper = KNOWN.get(title, (None,) * 3), PUBLISHED.get(title, (None,) * 3)
+        rows.append([title, *(number(p, 1) for p in found), _joined(known), _joined(paper[1:])])
+    for kind, title in (("uniform", "in sequence, uniform"), ("adaCR", "**in sequence, adaCR (default)**")):
+        found = [runs.get(f"{ratio}, {kind}", {}).get("perplexity") for ratio in RATIOS]
+        if any(found):
+            rows.append([title, *(number(p, 1) for p in found), "–", "–"])
+    header = ["kept", *RATIOS, "known: 0.8, 0.6, 0.4", "paper, LLaMA2-7B: 0.6, 0.4"]
+    return table(header, rows)
+
+
+def _joined(figures: tuple[float | None, ...]) -> str:
+    return ", ".join(number(figure, 1) for figure in figures) if any(figures) else "–"
+
+
+def budget() -> str:
+    """Return one sentence on the shares that were really kept, and the time of a run."""
+    result, runs = _part("quick"), (_part("sequential") or {}).get("runs", {})
+    if result is None:
+        return NOT_YET
+    lines = []
+    for ratio in RATIOS:
+        shares = [result["variants"][f"{ratio}, {title}"]["kept"] for title in ("whitened SVD", "whitened SVD, adaCR")]
+        lines.append(f"{shares[0]:.2%} and {shares[1]:.2%} at {ratio}")
+    text = f"Really kept, uniform and with adaCR: {'; '.join(lines)}."
+    if runs:
+        seconds = [run["seconds"] for run in runs.values()]
+        environment = (_part("sequential") or {})["environment"]
+        text += (
+            f" A whole run takes {min(seconds) / 60:.1f} to {max(seconds) / 60:.1f} minutes ({environment['cpu']}, "
+            f"{environment['threads']} thread, niced on a machine with other work)."
+        )
+    return text
+
+
+def layers() -> str:
+    """Return output errors of layers, and how far they are from those known."""
+    result = _part("layers")
+    if result is None:
+        return NOT_YET
+    rows = []
+    for layer, by_ratio in result["layers"].items():
+        for at, ratio in enumerate(RATIOS):
+            row = by_ratio[ratio]
+            known = KNOWN_LAYERS[layer][at] if at < len(KNOWN_LAYERS[layer]) else (None,) * 4
+            cells = [
+                f"{row[key]:.5f}" + (f" ({row[key] / k - 1:+.1%})" if k else "")
+                for key, k in zip(("plain", "whitened", "plain, 1", "plain, 15"), known, strict=True)
+            ]
+            rows.append(
+                [f"{layer}, {ratio}", str(row["rank"]), *cells, f"{row['whitened, 15'] / row['whitened']:.6f}"]
+            )
+    header = ["layer, kept", "rank", "plain SVD", "whitened", "adaComp from plain, 1 round", "15 rounds"]
+    return table([*header, "adaComp from whitened, × whitened"], rows)
+
+
+def ratios() -> str:
+    """Return the ratios that adaCR gives the blocks, drawn as bars."""
+    result = _part("quick")
+    if result is None:
+        return NOT_YET
+    plans = [result["variants"][f"{ratio}, whitened SVD, adaCR"]["ratios"] for ratio in RATIOS]
+    lines = [f"block   1-cos   {'    '.join(f'kept at {ratio}'.ljust(26) for ratio in RATIOS)}".rstrip()]
+    for i, (block, cosine) in enumerate(result["cosines"].items()):
+        bars = [f"{plan[block]:.3f} {'█' * round(20 * plan[block])}".ljust(26) for plan in plans]
+        lines.append(f"{i:5d}   {1 - cosine:.3f}   {'    '.join(bars)}".rstrip())
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def speed() -> str:
+    """Return times of single products, and one sentence on decoding."""
+    products, decoding = _part("products"), _part("decode")
+    if products is None or decoding is None:
+        return NOT_YET
+    rows = []
+    for case in products["cases"]:
+        times = case["microseconds"]
+        name = f"{case['rows']} × {case['columns']}, kept {case['ratio']} (rank {case['rank']}), {case['batch']}"
+        cells = [f"{times[way]:,.0f}" for way in ("op", "bare", "dense")]
+        rows.append([name, *cells, f"{times['op'] / times['bare']:.2f}", f"{times['dense'] / times['op']:.2f}"])
+    faster = ", ".join(f"{decoding['times_dense'][ratio]:.2f} × at {ratio}" for ratio in RATIOS)
+    environment = products["environment"]
+    header = ["shape, tokens", "µs: op", "two bare products", "dense", "op / bare", "× dense"]
+    return (
+        table(header, rows)
+        + f"\n\nGreedy decoding of SmolLM2-135M, bfloat16, all decoder linears in factors, beside the dense model in "
+        f"the same run: {faster} ({environment['cpu']}, {environment['threads']} thread)."
+    )
+
+
+TABLES = {
+    "adasvd-perplexity": perplexities,
+    "adasvd-budget": budget,
+    "adasvd-layers": layers,
+    "adasvd-ratios": ratios,
+    "adasvd-speed": speed,
+}
