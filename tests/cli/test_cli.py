@@ -89,6 +89,31 @@ def test_pbs2p_by_the_command(dense: Path, text: Path, tmp_path: Path) -> None:
         assert message in " ".join(result.output.split())
 
 
+def test_adasvd_by_the_command(dense: Path, text: Path, tmp_path: Path) -> None:
+    """A ratio for every block in the saved config, the rank of every layer in what inspect lists."""
+    options = ("--method", "adasvd", "--option", "ratio=0.5", "--option", "factor_dtype=bfloat16")
+    sizes = ("--samples", 8, "--sequence-length", 16)
+    result = run("quantize", dense, tmp_path / "out", *options, "--calibration", text, *sizes)
+    assert result.exit_code == 0, result.output
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert len(stored["layers"]) == 2
+    result = run("inspect", tmp_path / "out", "--layers", "--json")
+    rows = json.loads(result.stdout)["modules"]
+    assert len(rows) + sum("save nothing" in reason for reason in stored["left_dense"].values()) == 14
+    assert all(row["bytes"] == 2 * row["spec"]["rank"] * sum(_shape(row["spec"])) for row in rows)
+    assert run("verify", tmp_path / "out").exit_code == 0
+    assert "adasvd" in [row["name"] for row in json.loads(run("methods", "--json").stdout)]
+    for slip, message in (("ratio=1.5", "ratio must be from"), ("min_ratio=0.9", "min_ratio must not exceed ratio")):
+        words = ("--method", "adasvd", "--option", slip, "--calibration", "none")
+        result = run("quantize", dense, tmp_path / "no", *words)
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
+
+
+def _shape(spec: dict[str, int]) -> tuple[int, int]:
+    return spec["out_features"], spec["in_features"]
+
+
 def test_quantize_makes_a_model_that_loads_and_tells_nothing_of_this_machine(packed: Path, text: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed)
     assert len(hf_lowbit.packed_modules(model)) == 14
