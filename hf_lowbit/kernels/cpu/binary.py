@@ -25,9 +25,9 @@ from hf_lowbit.kernels.reference import kept_columns, salient_groups, spread
 
 _RUN, _STRIP = 16, 64
 DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
-# Above so many tokens unpacking pays. In between tiles do it, for bfloat16 where the processor has AMX; above, torch's own
-# product gains more than its way through memory costs. Measured with `python -m benchmarks.kernels`.
-MOST_TOKENS, TILES = 16, range(9, 257)
+# Above so many tokens unpacking pays, with tiles (bfloat16 where the processor has AMX) and without; measured with
+# `python -m benchmarks.kernels`.
+MOST_TOKENS_TILES, MOST_TOKENS = 8, 16
 # Of the unpacked rows: more do not stay in a cache, fewer make the product slow.
 _SCRATCH_BYTES, _LEAST_ROWS = 8 << 20, 256
 Parts = tuple[Any, ...]
@@ -200,7 +200,7 @@ def linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes, digits: i
     rows = x.contiguous()
     count = rows.numel() // sizes[0]
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    tiles = count in TILES and x.dtype is torch.bfloat16 and has_amx()
+    tiles = count > MOST_TOKENS_TILES and x.dtype is torch.bfloat16 and has_amx()
     if count > MOST_TOKENS and not tiles:
         return _unpacking(rows, made, bias)
     out = torch.empty((*x.shape[:-1], made.weight.rows), dtype=x.dtype)
