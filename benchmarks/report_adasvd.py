@@ -124,24 +124,30 @@ def ratios() -> str:
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
-def speed() -> str:
-    """Return times of single products, and one sentence on decoding."""
-    products, decoding = _part("products"), _part("decode")
-    if products is None or decoding is None:
+def products() -> str:
+    """Return times of single products."""
+    result = _part("products")
+    if result is None:
         return NOT_YET
     rows = []
-    for case in products["cases"]:
+    for case in result["cases"]:
         times = case["microseconds"]
         name = f"{case['rows']} × {case['columns']}, kept {case['ratio']} (rank {case['rank']}), {case['batch']}"
         cells = [f"{times[way]:,.0f}" for way in ("op", "bare", "dense")]
         rows.append([name, *cells, f"{times['op'] / times['bare']:.2f}", f"{times['dense'] / times['op']:.2f}"])
-    faster = ", ".join(f"{decoding['times_dense'][ratio]:.2f} × at {ratio}" for ratio in RATIOS)
-    environment = products["environment"]
-    header = ["shape, tokens", "µs: op", "two bare products", "dense", "op / bare", "× dense"]
+    return table(["shape, tokens", "µs: op", "two bare products", "dense", "op / bare", "× dense"], rows)
+
+
+def decode() -> str:
+    """Return one sentence on decoding."""
+    result = _part("decode")
+    if result is None:
+        return NOT_YET
+    faster = ", ".join(f"{result['times_dense'][ratio]:.2f} × at {ratio}" for ratio in RATIOS)
+    environment = result["environment"]
     return (
-        table(header, rows)
-        + f"\n\nGreedy decoding of SmolLM2-135M, bfloat16, all decoder linears in factors, beside the dense model in "
-        f"the same run: {faster} ({environment['cpu']}, {environment['threads']} thread)."
+        "Greedy decoding of SmolLM2-135M in bfloat16, all decoder linears in factors, beside the dense model in the same "
+        f"run: {faster} ({environment['cpu']}, {environment['threads']} thread)."
     )
 
 
@@ -150,5 +156,6 @@ TABLES = {
     "adasvd-budget": budget,
     "adasvd-layers": layers,
     "adasvd-ratios": ratios,
-    "adasvd-speed": speed,
+    "adasvd-products": products,
+    "adasvd-decode": decode,
 }
