@@ -146,8 +146,8 @@ def decode() -> str:
     faster = ", ".join(f"{result['times_dense'][ratio]:.2f} × at {ratio}" for ratio in RATIOS)
     environment = result["environment"]
     return (
-        "Greedy decoding of SmolLM2-135M in bfloat16, all decoder linears in factors, beside the dense model in the same "
-        f"run: {faster} ({environment['cpu']}, {environment['threads']} thread)."
+        "Greedy decoding of SmolLM2-135M in bfloat16, all decoder linears in factors, beside the dense model in the "
+        f"same run: {faster} ({environment['cpu']}, {environment['threads']} thread)."
     )
 
 
