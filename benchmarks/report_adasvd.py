@@ -81,10 +81,10 @@ def budget() -> str:
         lines.append(f"{shares[0]:.2%} and {shares[1]:.2%} at {ratio}")
     text = f"Really kept, uniform and with adaCR: {'; '.join(lines)}."
     if runs:
-        seconds = [run["seconds"] for run in runs.values()]
+        minutes = sorted({f"{run['seconds'] / 60:.1f}" for run in runs.values()}, key=float)
         environment = (_part("sequential") or {})["environment"]
         text += (
-            f" A whole run takes {min(seconds) / 60:.1f} to {max(seconds) / 60:.1f} minutes ({environment['cpu']}, "
+            f" A whole run takes {' to '.join(dict.fromkeys((minutes[0], minutes[-1])))} minutes ({environment['cpu']}, "
             f"{environment['threads']} thread, niced on a machine with other work)."
         )
     return text

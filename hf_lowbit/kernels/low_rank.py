@@ -2,9 +2,9 @@
 
 ``y = (x · downᵀ) · upᵀ + bias``. The two products in torch are the definition and the kernel at once, on every device:
 each is a plain dense product, for which torch has the best routine there is, and what passes between them is small
-(``rank`` numbers per token). On one core of an AVX-512 processor the op takes 11 to 18 % longer than its two bare products
-for layers of 576 columns and up to 7 % for 4096 (``python -m benchmarks.quality.adasvd --part products``), which is all
-that code of our own could gain. On a GPU a fused kernel could save a launch per token; there is none yet.
+(``rank`` numbers per token). On one core of an AVX-512 processor the op took 11 to 18 % longer than its two bare
+products for layers of 576 columns and at most 7 % for 4096 (``python -m benchmarks.quality.adasvd --part products``):
+little is lost on the way to them. On a GPU a fused kernel could save a launch per token; there is none yet.
 
 The weight is frozen by default, but its factors may be trained: the gradient exists for them too.
 """
