@@ -84,7 +84,7 @@ def budget() -> str:
         minutes = sorted({f"{run['seconds'] / 60:.1f}" for run in runs.values()}, key=float)
         environment = (_part("sequential") or {})["environment"]
         text += (
-            f" A whole run takes {' to '.join(dict.fromkeys((minutes[0], minutes[-1])))} minutes ({environment['cpu']}, "
+            f" A run takes {' to '.join(dict.fromkeys((minutes[0], minutes[-1])))} minutes ({environment['cpu']}, "
             f"{environment['threads']} thread, niced on a machine with other work)."
         )
     return text
