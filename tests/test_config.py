@@ -276,7 +276,7 @@ def test_version_of_the_package_is_only_information():
 def test_wrong_class_method_or_quant_method():
     with pytest.raises(ValueError, match="config of method 'recipe', not a ARBConfig"):
         ARBConfig.from_dict(CONFIGS["recipe"].to_dict())
-    with pytest.raises(ValueError, match=r"unknown method 'gptq'; known: arb, .*recipe"):
+    with pytest.raises(ValueError, match=r"unknown method 'gptq'; known: .*\barb, .*recipe"):
         LowBitConfig.from_dict({"method": "gptq"})
     with pytest.raises(ValueError, match="unknown method None"):
         LowBitConfig.from_dict({})
@@ -512,7 +512,7 @@ def test_a_new_method_can_be_read_back(monkeypatch):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match="unknown method 'nope'; known: arb"):
+    with pytest.raises(ValueError, match=r"unknown method 'nope'; known: .*\barb"):
         registry.get("nope")
     for name in ("nope", None, 3, ["arb"]):
         with pytest.raises(ValueError, match=r"known: .*arb.*recipe"):
