@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
     arguments = " ".join(sys.argv[1:])
     return {
         "commit": git.stdout.strip() or None,
-        "command": f"python -m {sys.modules['__main__'].__spec__.name} {arguments}".strip(),  # type: ignore[union-attr]
+        "command": f"python -m {sys.modules['__main__'].__spec__.name.removesuffix('.__main__')} {arguments}".strip(),  # type: ignore[union-attr]
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "packages": {name: version(name) for name in ("torch", "transformers", "safetensors")},
         "python": platform.python_version(),

@@ -1,8 +1,8 @@
-"""What a call costs beside the product itself: one small layer, entered at every level, in turn.
+"""What a product costs beside itself: one small layer, entered at every level, in turn; and memory beside the file's.
 
     python -m benchmarks.kernels.overhead
 
-Prints the shortest of many rounds in microseconds; writes nothing.
+Prints the shortest of many rounds in microseconds, and bits per weight; writes nothing.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ def main() -> None:
         for name, seconds in best.items():
             table.add_row(f"{shape[0]} × {shape[1]}", name, f"{seconds * 1e6:.1f}")
     Console().print(table)
+    if load()[0] is not None:
+        weight = random_weight(typical_spec(4096, 4096))
+        parts, sizes = weight.call_arguments()
+        beside = 8 * binary.Prepared(parts, *sizes).nbytes / 4096**2
+        print(f"4096 × 4096: {weight.bits_per_weight:.2f} bits per weight, and {beside:.2f} kept beside them")
 
 
 if __name__ == "__main__":

@@ -48,10 +48,8 @@ def _cpu_why_not(dtype: torch.dtype, device: str, parts: Parts, sizes: Sizes) ->
 def _triton_why_not(dtype: torch.dtype, device: str, parts: Parts, sizes: Sizes) -> str | None:
     if device != "cuda":  # ROCm devices are called so, too
         return f"tensors on {device}"
-    try:
-        from hf_lowbit.kernels.triton import (
-            binary as on_gpu,
-        )  # not before a GPU needs it: Triton exists for Linux only
+    try:  # not before a GPU needs it: Triton exists for Linux only
+        from hf_lowbit.kernels.triton import binary as on_gpu
     except ImportError as error:
         return f"Triton cannot be imported ({type(error).__name__})"
     return on_gpu.unsupported(dtype, parts, sizes)

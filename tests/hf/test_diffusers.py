@@ -3,10 +3,12 @@
 import copy
 import json
 import os
-import shutil
 
+import diffusers
 import pytest
 import torch
+from diffusers import LTXVideoTransformer3DModel as Video
+from diffusers import PipelineQuantizationConfig
 from torch import nn
 
 import hf_lowbit
@@ -22,12 +24,7 @@ from hf_lowbit.report.inspect import inspect
 from hf_lowbit.report.verify import verify
 from tests.hf.test_transformers import quick
 from tests.tiny import tokens
-
-diffusers = pytest.importorskip("diffusers")
-from diffusers import LTXVideoTransformer3DModel as Video  # noqa: E402
-from diffusers import PipelineQuantizationConfig  # noqa: E402
-
-from tests.video import (  # noqa: E402
+from tests.video import (
     FILE,
     FIRST,
     WORDS,
@@ -36,7 +33,6 @@ from tests.video import (  # noqa: E402
     latents,
     outputs,
     rewrite,
-    save_pipelines,
     stored_tensors,
     tiny_pipeline,
     tiny_video,
@@ -46,36 +42,6 @@ from tests.video import (  # noqa: E402
 
 ON_CPU = ["proj_in", "time_embed", "caption_projection", "rope", "norm_out", "proj_out", "scale_shift_table"]
 DISK = {**dict.fromkeys(ON_CPU, "cpu"), "transformer_blocks": "disk"}
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    """Folders of a tiny pipeline, dense and with two packed parts; tests must not write to them."""
-    folder = tmp_path_factory.mktemp("diffusers")
-    save_pipelines(folder)
-    return folder
-
-
-@pytest.fixture
-def dense_path(paths):
-    return paths / "dense" / "transformer"
-
-
-@pytest.fixture
-def packed_path(paths):
-    return paths / "packed" / "transformer"
-
-
-@pytest.fixture
-def packed(packed_path):
-    return Video.from_pretrained(packed_path)
-
-
-@pytest.fixture
-def copied(packed_path, tmp_path):
-    shutil.copytree(packed_path, tmp_path / "copy")
-    return tmp_path / "copy"
-
 
 # Compress, save, load --------------------------------------------------------------------------------------------
 
@@ -310,7 +276,7 @@ def test_backend_by_name_needs_the_name_of_a_method():
     assert LowBitConfig(method="arb", calibration=None) == hf_lowbit.ARBConfig(calibration=None)
     with pytest.raises(TypeError, match="name the method: method='arb'"):
         LowBitConfig(calibration=None)
-    with pytest.raises(ValueError, match="unknown method 'nonsense'; known: arb"):
+    with pytest.raises(ValueError, match="unknown method 'nonsense'; known: .*arb"):
         LowBitConfig(method="nonsense")
 
 

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
+from diffusers import LTXVideoTransformer3DModel as Video
 from safetensors.torch import load_file, save_file
 
 import hf_lowbit
@@ -18,48 +20,14 @@ from hf_lowbit import (
 )
 from hf_lowbit.compress.checksums import metadata_of
 from tests.hf.test_transformers import edit_config, quick
-
-diffusers = pytest.importorskip("diffusers")
-from diffusers import LTXVideoTransformer3DModel as Video  # noqa: E402
-
-from tests.video import (  # noqa: E402
+from tests.video import (
     FILE,
     FIRST,
     free,
     rewrite,
-    save_pipelines,
     tiny_pipeline,
     tiny_video,
 )
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    """Folders of a tiny pipeline, dense and with two packed parts; tests must not write to them."""
-    folder = tmp_path_factory.mktemp("diffusers")
-    save_pipelines(folder)
-    return folder
-
-
-@pytest.fixture
-def dense_path(paths):
-    return paths / "dense" / "transformer"
-
-
-@pytest.fixture
-def packed_path(paths):
-    return paths / "packed" / "transformer"
-
-
-@pytest.fixture
-def packed(packed_path):
-    return Video.from_pretrained(packed_path)
-
-
-@pytest.fixture
-def copied(packed_path, tmp_path):
-    shutil.copytree(packed_path, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 def python(code, **environment):

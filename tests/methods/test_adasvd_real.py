@@ -4,17 +4,12 @@ The text of those figures is not to be had. The ratio of two errors on the same 
 asked to be within 5 %; the errors themselves within 20 %.
 """
 
-from pydoc_data.topics import topics
-
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_lowbit.calibration import capture
-from hf_lowbit.calibration.data import tokenize
 from hf_lowbit.methods.adasvd.options import rank_of
 from hf_lowbit.numerics import low_rank
+from tests.methods.real import observed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -42,15 +37,8 @@ KNOWN = {
 @pytest.fixture(scope="module")
 def layers(smollm2_path):
     """Weight and second moment of the layers, float64."""
-    model = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32)
-    stream = tokenize(list(topics.values()), AutoTokenizer.from_pretrained(smollm2_path))
-    windows = stream[: len(stream) // 512 * 512].view(-1, 512)
-    chosen = windows[torch.linspace(0, len(windows) - 1, 32).long()]
-    linears: dict[str, nn.Module] = {name: model.get_submodule(f"model.layers.{name}") for name in KNOWN}
-    with torch.no_grad(), capture.collect_stats(linears) as stats:
-        for batch in chosen.split(8):
-            model.model(input_ids=batch, use_cache=False)
-    return {name: (linears[name].weight.detach().double(), stats[name].second_moment(torch.float64)) for name in KNOWN}
+    found = observed(smollm2_path, KNOWN)
+    return {name: (weight.double(), stats.second_moment(torch.float64)) for name, (weight, stats) in found.items()}
 
 
 @pytest.mark.parametrize("name", KNOWN)

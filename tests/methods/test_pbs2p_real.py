@@ -4,19 +4,13 @@ As in ``test_arb_real.py``: the text of those figures is not to be had, and how 
 asked. Least of the baselines with one group, whose error on queries and keys is that of a few outlying channels.
 """
 
-from pydoc_data.topics import topics
-
 import pytest
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lowbit import ARBConfig, PBS2PConfig
-from hf_lowbit.calibration import capture
-from hf_lowbit.calibration.data import tokenize
 from hf_lowbit.compress.outcome import relative_errors
 from hf_lowbit.methods.arb.algorithm import quantize as arb
 from hf_lowbit.methods.pbs2p.algorithm import quantize
+from tests.methods.real import block_15
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -56,15 +50,7 @@ KNOWN = {
 @pytest.fixture(scope="module")
 def layers(smollm2_path):
     """The linears of block 15 with the statistics of their inputs."""
-    model = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32)
-    stream = tokenize(list(topics.values()), AutoTokenizer.from_pretrained(smollm2_path))
-    windows = stream[: len(stream) // 512 * 512].view(-1, 512)
-    chosen = windows[torch.linspace(0, len(windows) - 1, 32).long()]
-    linears = {name: m for name, m in model.model.layers[15].named_modules() if isinstance(m, nn.Linear)}
-    with torch.no_grad(), capture.collect_stats(linears) as stats:
-        for batch in chosen.split(8):
-            model.model(input_ids=batch, use_cache=False)
-    return {name.rpartition(".")[2]: (linears[name].weight.detach(), stats[name]) for name in linears}
+    return block_15(smollm2_path)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=list(CASES))
