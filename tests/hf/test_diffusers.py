@@ -5,6 +5,7 @@ import json
 import os
 
 import diffusers
+import peft
 import pytest
 import torch
 from diffusers import LTXVideoTransformer3DModel as Video
@@ -276,7 +277,7 @@ def test_backend_by_name_needs_the_name_of_a_method():
     assert LowBitConfig(method="arb", calibration=None) == hf_lowbit.ARBConfig(calibration=None)
     with pytest.raises(TypeError, match="name the method: method='arb'"):
         LowBitConfig(calibration=None)
-    with pytest.raises(ValueError, match="unknown method 'nonsense'; known: .*arb"):
+    with pytest.raises(ValueError, match=r"unknown method 'nonsense'; known: .*arb"):
         LowBitConfig(method="nonsense")
 
 
@@ -412,7 +413,6 @@ def test_packed_single_file_is_refused(packed, packed_path):
 
 
 def test_lora(packed, packed_path, tmp_path):
-    peft = pytest.importorskip("peft")
     expected = outputs(packed)
     packed.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     adapted = outputs(packed)
