@@ -2,6 +2,7 @@
 
 from hf_lowbit.formats.base import FORMATS, Format, Spec, register_format
 from hf_lowbit.formats.binary import BinaryFormat, BinarySpec
+from hf_lowbit.formats.latent import LatentFormat, LatentSpec
 from hf_lowbit.formats.low_rank import LowRankFormat, LowRankSpec
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "BinaryFormat",
     "BinarySpec",
     "Format",
+    "LatentFormat",
+    "LatentSpec",
     "LowRankFormat",
     "LowRankSpec",
     "Spec",
