@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_lowbit.methods.adasvd import AdaSVDConfig
     from hf_lowbit.methods.arb import ARBConfig
     from hf_lowbit.methods.pbs2p import PBS2PConfig
+    from hf_lowbit.methods.recalkv import ReCalKVConfig
     from hf_lowbit.recipe import LowBitRecipe
 
 _HOMES = {
@@ -41,6 +42,7 @@ _HOMES = {
     "LowBitRecipe": "recipe",
     "PBS2PConfig": "methods.pbs2p",
     "PackedLinear": "layers",
+    "ReCalKVConfig": "methods.recalkv",
     "RunOptions": "config",
     "UnsupportedModelError": "errors",
     "packed_modules": "layers",
@@ -60,6 +62,7 @@ __all__ = [
     "LowBitRecipe",
     "PBS2PConfig",
     "PackedLinear",
+    "ReCalKVConfig",
     "RunOptions",
     "UnsupportedModelError",
     "packed_modules",

@@ -251,6 +251,11 @@ class LowBitConfig(QuantizationConfigMixin, metaclass=_ByMethodName):
         """Data that a run with these options needs: "none" or "tokens"."""
         return "none"
 
+    @property
+    def streams(self) -> frozenset[str]:
+        """Whose inputs a calibrated run gathers: those in the "dense" model, the "compressed" one so far, or both."""
+        return frozenset({"compressed"})
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what of a config passed to ``from_pretrained`` counts for a packed checkpoint: ``run`` alone."""
         return {"run": self.run}

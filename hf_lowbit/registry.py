@@ -13,25 +13,54 @@ from typing import Any
 from hf_lowbit.config import LowBitConfig
 
 # Written out, never discovered: an import error in a method must be seen, not swallowed by a walk.
-METHOD_MODULES = ("hf_lowbit.methods.adasvd", "hf_lowbit.methods.arb", "hf_lowbit.methods.pbs2p")
+METHOD_MODULES = (
+    "hf_lowbit.methods.adasvd",
+    "hf_lowbit.methods.arb",
+    "hf_lowbit.methods.pbs2p",
+    "hf_lowbit.methods.recalkv",
+)
 
 UNITS = ("linear", "conv2d", "attention", "pipeline")
 DATA = ("none", "tokens", "prompts", "images", "training")
 
 
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """The key or value projection of an attention layer, as a method of unit "attention" is told of it.
+
+    Attributes:
+        name: full name of the module.
+        part: "key" or "value".
+        heads: how many heads its rows are.
+        shape: (out_features, in_features).
+    """
+
+    name: str
+    part: str
+    heads: int
+    shape: tuple[int, int]
+
+    @property
+    def rows(self) -> int:
+        """Rows of a head."""
+        return self.shape[0] // self.heads
+
+
 @dataclasses.dataclass
 class LinearUnit:
-    """What a method of unit "linear" is given.
+    """What a method of unit "linear" or "attention" is given, one layer at a time.
 
     Attributes:
         name: full name of the module, for messages.
         weight: (out_features, in_features), floating; must not be modified.
         trace: rows (JSON types) that a method may append to, such as an error per iteration.
+        projection: for unit "attention", what the layer is in its attention.
     """
 
     name: str
     weight: Any
     trace: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    projection: Projection | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +100,10 @@ class Method:
         leaves_dense: optional, for methods that cannot gain on every layer: ``(name, (out_features, in_features),
             options) -> reason or None``. A layer with a reason is not compressed and is listed as left dense. Asked
             after ``plan``.
+        allocate: for unit "attention", in runs with data, in place of ``plan``: ``(projections, options, measures) ->
+            {projection name: number}``, merged into ``layers`` as well. ``measures`` looks at the dense blocks when it
+            is asked, see :class:`hf_lowbit.compress.measures.StackMeasures`.
+        check: for unit "attention": ``(projections, options) -> problems``, asked before any work.
         attach: optional run-time part.
     """
 
@@ -86,6 +119,8 @@ class Method:
     compress: Callable[..., Any]
     plan: Callable[..., Any] | None = None
     leaves_dense: Callable[[str, tuple[int, int], Any], str | None] | None = None
+    allocate: Callable[..., Any] | None = None
+    check: Callable[..., list[str]] | None = None
     attach: Callable[..., Any] | None = None
 
 

@@ -47,9 +47,49 @@ def leading_outputs(weight: Tensor, second_moment: Tensor | None) -> Tensor:
     """Orthonormal directions of the outputs, (n, min(n, m)), most energy first: P of :func:`truncate`, whole."""
     rows, columns = weight.shape
     if rows <= columns:
-        return _eigenvectors(weight @ (weight.T if second_moment is None else second_moment @ weight.T))
+        return _eigenvectors(output_gram(weight, second_moment))
     whitened = weight if second_moment is None else weight @ _root(second_moment)
     return torch.linalg.qr(whitened @ _eigenvectors(whitened.T @ whitened)).Q
+
+
+def output_energies(weight: Tensor, second_moment: Tensor | None) -> Tensor:
+    """Energy of each direction of :func:`leading_outputs`, (n,), falling: eigenvalues of W G Wᵀ, none below zero.
+
+    What :func:`truncate` at rank r loses, its :func:`output_error`, is the sum of all but the first r.
+    """
+    gram = output_gram(weight, second_moment)
+    return torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)
+
+
+def output_gram(weight: Tensor, second_moment: Tensor | None) -> Tensor:
+    """Gram matrix of the outputs, ``W G Wᵀ``, (n, n), symmetric."""
+    gram = weight @ (weight.T if second_moment is None else second_moment @ weight.T)
+    return (gram + gram.T) / 2
+
+
+def regress(
+    weight: Tensor, cross: Tensor, second_moment: Tensor, rank: int, damping: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Best factors of a rank when inputs have changed: outputs W x are wanted, from other inputs x'.
+
+    Args:
+        weight: (n, m), W, float64.
+        cross: (m, m), Σ x x'ᵀ over the same tokens.
+        second_moment: (m, m), G' = Σ x' x'ᵀ.
+        rank: r, from 1 to min(n, m).
+        damping: share of the mean diagonal of G' that is added to it.
+
+    Returns:
+        U (n, r) with orthonormal columns and V (r, m) that minimise ``Σ ‖W x - U V x'‖²``, up to the damping.
+
+    Source: reduced-rank regression (Izenman, 1975): the full regression ``M = W Σ x x'ᵀ (G')⁻¹``, truncated in the
+    metric of G'.
+    """
+    damped = second_moment + damping * second_moment.diagonal().mean() * torch.eye(len(second_moment)).to(
+        second_moment
+    )
+    full = _solve(damped, (weight @ cross).T).T
+    return truncate(full, second_moment, rank)
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:

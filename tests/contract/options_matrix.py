@@ -5,6 +5,8 @@ A new method adds a line; a registered method without one fails the contract tes
 
 from typing import Any
 
+from hf_lowbit import ARBConfig
+
 # method -> options that make a small layer quick to compress, several sets to cover the method's forms
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "adasvd": [
@@ -12,6 +14,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"ratio": 0.4, "iterations": 0},
         {"ratio": 0.6, "init": "svd", "iterations": 3},
         {"ratio": 0.5, "rank_multiple": 4, "factor_dtype": "float32"},
+        {"factors": "int8", "factor_group": 0},
+        {"factors": "int4", "factor_group": 32},
+        {"factors": ARBConfig(iterations=4, quantiles=9, max_salient_per_block=4)},
     ],
     "arb": [
         {"variant": variant, "iterations": 4, "x_iterations": 4, "quantiles": 9, "max_salient_per_block": 12}
@@ -30,6 +35,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         )
     ],
 }
+
+# methods of another unit, whose contract has tests of its own
+OTHER_UNITS: dict[str, str] = {"recalkv": "tests/contract/test_attention.py"}
 
 # method -> options of the plain baseline of its kind
 BASELINE: dict[str, dict[str, Any]] = {

@@ -1,0 +1,178 @@
+"""ReCalKV: factors of one key or value projection, in the paper's order.
+
+======  ============  ====================================================================================
+paper   here          meaning
+======  ============  ====================================================================================
+W       weight        of the projection, (heads · rows, m)
+X       inputs        known by their second moment ``Σ x xᵀ``
+S       –             root of that second moment, which whitens; never formed for the factors
+s       group size    heads that share a latent
+L, R    down, up      factors, ``W_h ≈ up_h · down``; the output of ``down`` is what a cache holds
+======  ============  ====================================================================================
+
+Source: ReCalKV (arXiv 2505.24357): head-wise similarity and reordering, grouped decomposition, calibration of values;
+Palu (arXiv 2407.21118) for the whitened decomposition of grouped heads.
+Differs: the whitened decomposition comes from the eigenvectors of W G Wᵀ, which needs no inverse and no positive
+definite G (:func:`hf_lowbit.numerics.low_rank.truncate`). Heads keep their order: each has its own rows of the
+up-projection, so nothing is permuted and biases stay where they are. The alternating calibration of values is replaced
+by the minimum it converges to: started from the whitened decomposition *of the same inputs* it changes nothing, so
+what matters is which inputs, and that is the option ``ocmf``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats.latent import LatentFormat
+from hf_lowbit.formats.low_rank import FACTOR_DTYPES
+from hf_lowbit.methods.recalkv.options import ReCalKVConfig
+from hf_lowbit.numerics import grouping, low_rank, ranks
+from hf_lowbit.numerics.rotation import spreading
+from hf_lowbit.registry import Projection
+
+logger = logging.getLogger(__name__)
+_ALIKE = 0.02  # below this spread, similarities say nothing: a few directions of the inputs dominate all heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Second moments of what a projection receives; each (m, m), float64, None where it was not gathered.
+
+    Attributes:
+        dense: Σ x xᵀ with the dense model's inputs.
+        compressed: Σ x' x'ᵀ with what the compressed blocks before it produce.
+        cross: Σ x x'ᵀ over the same tokens.
+    """
+
+    dense: Tensor | None = None
+    compressed: Tensor | None = None
+    cross: Tensor | None = None
+
+
+def factorize(
+    weight: Tensor,
+    projection: Projection,
+    inputs: Inputs,
+    options: ReCalKVConfig,
+    trace: list[dict[str, Any]] | None = None,
+) -> LatentFormat:
+    """Factorize one projection.
+
+    Args:
+        weight: (heads · rows, m), floating; not modified. Computed in float64.
+        projection: what it is part of.
+        inputs: see :class:`Inputs`.
+        options: see :class:`ReCalKVConfig`.
+        trace: receives one row: groups, ranks, and the spread of the heads' similarity where it decides.
+
+    Returns:
+        The packed weight.
+
+    Raises:
+        ValueError: weight or moments hold NaN or infinity, shapes disagree, or rank and groups do not fit.
+    """
+    where = projection.name
+    dtype = weight.dtype if options.factor_dtype == "auto" else FACTOR_DTYPES[options.factor_dtype]
+    weight = weight.double()
+    fit = options.fit_of(projection.part)
+    moment = _moment(inputs.dense if fit == "off" else inputs.compressed, options, where)
+    cross = _moment(inputs.cross, options, where) if fit == "cross" else None
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{where}: weight holds NaN or infinity")
+    row: dict[str, Any] = {}
+    groups = group_heads(weight, moment, projection, options, row)
+    group_ranks = ranks_of_groups(projection, groups, options)
+    ups, downs = [], []
+    for group, rank in zip(groups, group_ranks, strict=True):
+        block = weight.unflatten(0, (projection.heads, -1))[group].flatten(0, 1)
+        up, down = _factors(block, moment, cross, rank, options.damping)
+        if options.latent_bits < 16 and options.rotation:
+            mix = spreading(rank).to(weight.device)
+            up, down = up @ mix.T, mix @ down
+        ups.append(up.unflatten(0, (len(group), -1)))
+        downs.append(down)
+    if trace is not None:
+        trace.append({"groups": groups, "ranks": group_ranks, **row})
+    return LatentFormat.pack(groups, ups, downs, dtype if dtype in FACTOR_DTYPES.values() else torch.float32)
+
+
+def _factors(
+    block: Tensor, moment: Tensor | None, cross: Tensor | None, rank: int, damping: float
+) -> tuple[Tensor, Tensor]:
+    """Best factors of the rows of one group; at full rank the rows themselves, which no rounding can change."""
+    if cross is not None and moment is not None:
+        return low_rank.regress(block, cross, moment, rank, damping)
+    if rank == len(block):
+        return torch.eye(rank, dtype=block.dtype, device=block.device), block
+    return low_rank.truncate(block, moment, rank)
+
+
+def group_heads(
+    weight: Tensor,
+    moment: Tensor | None,
+    projection: Projection,
+    options: ReCalKVConfig,
+    row: dict[str, Any] | None = None,
+) -> list[list[int]]:
+    """Choose which heads share a latent; only keys are regrouped.
+
+    Args:
+        weight: (heads · rows, m), float64.
+        moment: (m, m), float64, or None.
+        projection: the weight's.
+        options: ``grouping`` and the group sizes.
+        row: receives ``similarity_spread`` where similarity decides.
+
+    Returns:
+        Heads of each group, rising.
+
+    Source: ReCalKV (arXiv 2505.24357), head-wise similarity-aware reordering; ``energy`` is ours.
+    """
+    sizes = options.group_sizes(projection)
+    in_order = grouping.contiguous(projection.heads, sizes[0])
+    if projection.part != "key" or len(sizes) == 1 or max(sizes) == 1 or options.grouping == "contiguous":
+        return in_order
+    similarity = grouping.head_similarity(weight, moment, projection.heads)
+    by_similarity = grouping.greedy(similarity, sizes)
+    if options.grouping == "energy":
+        gram = low_rank.output_gram(weight, moment)
+        group_ranks = ranks_of_groups(projection, in_order, options)
+        return grouping.least_loss(gram, projection.heads, [in_order, by_similarity], group_ranks)
+    off_diagonal = similarity[~torch.eye(projection.heads, dtype=torch.bool, device=similarity.device)]
+    spread = float(off_diagonal.max() - off_diagonal.min())
+    if row is not None:
+        row["similarity_spread"] = spread
+    if spread < _ALIKE:
+        logger.info(
+            "%s: similarities of its heads differ by %.4f only, groups by cka are close to chance; grouping='energy' "
+            "looks at the error itself",
+            projection.name,
+            spread,
+        )
+    return by_similarity
+
+
+def ranks_of_groups(projection: Projection, groups: Sequence[Sequence[int]], options: ReCalKVConfig) -> list[int]:
+    """Divide the rank of a projection among its groups, in proportion to their heads."""
+    return ranks.split(
+        options.rank_of(projection), [len(group) for group in groups], options.most_of_groups(projection)
+    )
+
+
+def _moment(found: Tensor | None, options: ReCalKVConfig, where: str) -> Tensor | None:
+    """Return a second moment to fit to, None where weights are fitted.
+
+    Raises:
+        ValueError: it holds NaN or infinity.
+    """
+    if found is None or not options.whiten:
+        return None
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError(f"{where}: second moment holds NaN or infinity")
+    return found.double() if bool(found.any()) else None

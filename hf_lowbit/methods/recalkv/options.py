@@ -1,0 +1,180 @@
+"""Options of ReCalKV. Where the paper's choice did not win on the models measured here, the default is what did."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from hf_lowbit.config import CalibratedConfig, option, planned_for, planned_problems
+from hf_lowbit.formats.low_rank import FACTOR_DTYPES
+from hf_lowbit.registry import Projection
+
+_LARGEST_WHOLE = 4  # heads that share one group of keys by default
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReCalKVConfig(CalibratedConfig):
+    """A key-value cache of latents: low-rank key and value projections (ReCalKV, arXiv 2505.24357).
+
+    ``ReCalKVConfig(ratio=0.5)`` keeps half of the numbers that the cache holds per token. Each key or value projection
+    W becomes a down-projection, whose output is cached, and an up-projection, applied when a token attends. Ranks
+    follow the gradients of the model under one budget; groups of heads, and what they are fitted to, are options. With
+    ``calibration=None`` no data is used: plain singular value decomposition with the same rank everywhere.
+
+    ``ReCalKVConfig.paper(...)`` has the published choices, ``ReCalKVConfig(...)`` those that were best here.
+
+    Attributes:
+        layers: rank of each key and value projection by name. Filled by the run; given beforehand, these are used as
+            they are.
+    """
+
+    method: ClassVar[str] = "recalkv"
+
+    calibration: Any = dataclasses.field(default="wikitext2", repr=False)
+    samples: int = option(256, "calibration sequences", low=1)
+    layers: Mapping[str, int] | None = None
+    ratio: float = option(0.5, "share of the cache's width kept, from 0.001 to 1", low=1e-3, high=1.0)
+    key_group_size: int = option(
+        0, "key heads that share a latent (s); 0: all of them up to 4 heads, groups of 4 for more", low=0, high=4096
+    )
+    value_group_size: int = option(0, "value heads that share a latent; 0: all of them", low=0, high=4096)
+    ragged_groups: bool = option(False, "let the last group be smaller where the size does not divide the heads")
+    grouping: str = option(
+        "energy",
+        "which key heads share a latent: energy, those that lose least together; cka, the most similar ones (HSR); "
+        "contiguous, in their order",
+        choices=("energy", "cka", "contiguous"),
+    )
+    whiten: bool = option(True, "fit the outputs on the calibration inputs, not the weights")
+    rank_allocation: str = option(
+        "fisher_uniform",
+        "rank of each projection: fisher_uniform, in proportion to its gradients; energy, one threshold on the share "
+        "of output energy; uniform, the same everywhere, which is also what a run without data does",
+        choices=("fisher_uniform", "energy", "uniform"),
+    )
+    rank_multiple: int = option(
+        0, "each group's rank is a multiple of it; 0: 32, or 8 for groups of fewer than 256 rows", low=0, high=256
+    )
+    min_rank: int = option(0, "least rank of a group; 0: rank_multiple", low=0, high=2**16)
+    fisher_samples: int = option(16, "calibration sequences that gradients are taken of", low=1)
+    fisher_length: int = option(256, "tokens of each of them", low=2)
+    ocmf: str = option(
+        "off",
+        "what projections are calibrated on: off, inputs of the dense model; sequential, those that the compressed "
+        "blocks before it produce; cross, the dense model's outputs from the compressed blocks' inputs",
+        choices=("off", "sequential", "cross"),
+    )
+    ocmf_for: str = option("values", "which projections ocmf is for", choices=("values", "both"))
+    damping: float = option(
+        1e-6, "share of the mean diagonal added to the second moment, for ocmf=cross", low=0.0, high=1.0
+    )
+    latent_bits: int = option(16, "bits of a cached number; 16: as the model computes", choices=(16, 8, 4, 3))
+    rotation: bool = option(True, "spread latents of fewer than 16 bits over their coordinates, at no cost later")
+    factor_dtype: str = option(
+        "auto", "dtype of the stored factors; auto: that of the dense weight", choices=("auto", *FACTOR_DTYPES)
+    )
+
+    @classmethod
+    def paper(cls, **options: Any) -> ReCalKVConfig:
+        """Return a config with the choices of the paper: key heads by similarity, values calibrated in sequence."""
+        return cls(**{"grouping": "cka", "ocmf": "sequential", **options})
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, empty if nothing is."""
+        found = super().problems()
+        found += planned_problems(
+            self.layers, "a rank", lambda rank: type(rank) is int and rank >= 1, "an integer of at least 1"
+        )
+        return found
+
+    def _values(self) -> dict[str, Any]:
+        values = super()._values()
+        if self.layers is not None:
+            values["layers"] = dict(self.layers)
+        return values
+
+    @property
+    def streams(self) -> frozenset[str]:
+        """Which model's inputs are asked for: that of the dense one, of the compressed one so far, or both."""
+        if self.ocmf == "off":
+            return frozenset({"dense"})
+        both = {"dense", "compressed"} if self.ocmf == "cross" or self.ocmf_for == "values" else {"compressed"}
+        return frozenset(both)
+
+    def fit_of(self, part: str) -> str:
+        """Return how a projection is calibrated: "off", "sequential" or "cross"."""
+        return self.ocmf if part == "value" or self.ocmf_for == "both" else "off"
+
+    # Sizes of a projection -------------------------------------------------------------------------------------------
+
+    def group_sizes(self, projection: Projection) -> list[int]:
+        """Return how many heads each group of a projection has.
+
+        Raises:
+            ValueError: the group size does not divide the heads, and groups may not be ragged.
+        """
+        heads = projection.heads
+        if projection.part == "key":
+            size = self.key_group_size or (heads if heads <= _LARGEST_WHOLE else _LARGEST_WHOLE)
+            name, chosen = "key_group_size", self.key_group_size > 0
+        else:
+            size, name, chosen = self.value_group_size or heads, "value_group_size", True
+        if not chosen:  # the nearest size that divides; what a user asks for is never changed
+            size = next(divisor for divisor in range(min(size, heads), 0, -1) if heads % divisor == 0)
+        if size > heads or (heads % size and not self.ragged_groups):
+            fitting = ", ".join(str(s) for s in range(1, heads + 1) if heads % s == 0)
+            raise ValueError(
+                f"{projection.name}: {name}={size} does not divide its {heads} heads; use one of {fitting}, "
+                "or ragged_groups=True"
+            )
+        return [min(size, heads - start) for start in range(0, heads, size)]
+
+    def step_of(self, projection: Projection) -> int:
+        """Return of what number a group's rank is a multiple."""
+        largest = max(self.group_sizes(projection)) * projection.rows
+        return self.rank_multiple or (32 if largest >= 256 else 8)
+
+    def limits(self, projection: Projection) -> tuple[int, int, int]:
+        """Return least rank, highest rank and step of the rank of a projection: those of all its groups together."""
+        sizes = self.group_sizes(projection)
+        step = self.step_of(projection)
+        most = sum(self.most_of_groups(projection))
+        least = sum(min(self.min_rank or step, high) for high in self.most_of_groups(projection))
+        return least, most, step * len(sizes)
+
+    def most_of_groups(self, projection: Projection) -> list[int]:
+        """Return the highest rank of each group."""
+        return [min(size * projection.rows, projection.shape[1]) for size in self.group_sizes(projection)]
+
+    def uniform_rank(self, projection: Projection) -> int:
+        """Return the rank of a projection where all have the same ratio, rounded down.
+
+        Raises:
+            ValueError: the ratio leaves less than the least rank.
+        """
+        least, most, step = self.limits(projection)
+        whole = projection.shape[0]
+        wanted = math.floor(self.ratio * whole + 1e-9)
+        rank = most if wanted >= most else wanted // step * step
+        if rank < least:
+            raise ValueError(
+                f"{projection.name}: ratio {self.ratio:g} leaves rank {wanted} of {whole}, below the least, {least}; "
+                f"use a ratio of at least {math.ceil(1000 * least / whole) / 1000:g}, or a smaller rank_multiple"
+            )
+        return rank
+
+    def rank_of(self, projection: Projection) -> int:
+        """Return the rank of a projection.
+
+        Raises:
+            ValueError: ``layers`` lacks it, or its rank is out of range.
+        """
+        if self.layers is None:
+            return self.uniform_rank(projection)
+        rank = int(planned_for(self.layers, "a rank", projection.name))
+        groups, most = len(self.group_sizes(projection)), sum(self.most_of_groups(projection))
+        if not groups <= rank <= most:
+            raise ValueError(f"{projection.name}: layers gives it rank {rank}; it must be from {groups} to {most}")
+        return rank
