@@ -2,6 +2,7 @@
 
 from hf_lowbit.formats.base import FORMATS, Format, Spec, register_format
 from hf_lowbit.formats.binary import BinaryFormat, BinarySpec
+from hf_lowbit.formats.integer import IntegerFormat, IntegerSpec
 from hf_lowbit.formats.latent import LatentFormat, LatentSpec
 from hf_lowbit.formats.low_rank import LowRankFormat, LowRankSpec
 
@@ -10,6 +11,8 @@ __all__ = [
     "BinaryFormat",
     "BinarySpec",
     "Format",
+    "IntegerFormat",
+    "IntegerSpec",
     "LatentFormat",
     "LatentSpec",
     "LowRankFormat",

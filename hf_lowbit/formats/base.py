@@ -172,6 +172,7 @@ def register_format(cls: type[Self]) -> type[Self]:
     if cls.name in FORMATS:
         raise ValueError(f"format {cls.name!r} is registered already, by {FORMATS[cls.name].__qualname__}")
     # Once, here: torch.compile cannot trace dataclasses.fields, which every forward would call.
-    cls.tensor_names = tuple(field.name for field in dataclasses.fields(cls) if field.name != "spec")
+    if "tensor_names" not in cls.__dict__:  # a format that holds others names theirs, too
+        cls.tensor_names = tuple(field.name for field in dataclasses.fields(cls) if field.name != "spec")
     FORMATS[cls.name] = cls
     return cls

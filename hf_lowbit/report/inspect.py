@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,20 @@ class PackedModule:
     @property
     def highlights(self) -> str:
         """What the spec holds beside the shape: switches by their name, numbers with theirs."""
-        parts = [self.mask] if self.mask else []
-        for key, value in self.spec.items():
-            if key not in ("out_features", "in_features", "keep_n", "keep_m"):
-                word = key.replace("_", " ")
-                parts.append(word if value is True else f"{word} {value}")
-        return ", ".join(parts)
+        return ", ".join([*([self.mask] if self.mask else []), *_spec_words(self.spec)])
+
+
+def _spec_words(spec: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the entries of a spec in words; one that is a spec of its own by its format, with that in brackets."""
+    for key, value in spec.items():
+        if key in ("out_features", "in_features", "keep_n", "keep_m"):
+            continue
+        word = key.replace("_", " ")
+        if isinstance(value, Mapping):
+            rest = ", ".join(_spec_words({k: v for k, v in value.items() if k != "format"}))
+            yield f"{word} {value.get('format', '')} ({rest})" if rest else f"{word} {value.get('format', '')}"
+        else:
+            yield word if value is True else f"{word} {value}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ BASELINE: dict[str, dict[str, Any]] = {
     "pbs2p": {"fit": "plain", "groups": "none", "compensation": "none"},
 }
 # method -> options that the baseline shares with what it is compared with, such as the size
-SHARED: dict[str, tuple[str, ...]] = {"adasvd": ("ratio", "rank_multiple")}
+SHARED: dict[str, tuple[str, ...]] = {"adasvd": ("ratio", "rank_multiple", "factors", "factor_group")}
 
 # formats whose reference multiplies by the dense weight, rounded once, as the dequantized layer does
 REBUILT = ("binary",)

@@ -9,9 +9,10 @@ from torch import nn
 from torch.library import opcheck
 
 from hf_lowbit import PackedLinear
-from hf_lowbit.formats import FORMATS, LowRankFormat, LowRankSpec
+from hf_lowbit.formats import FORMATS, BinarySpec, IntegerFormat, IntegerSpec, LowRankFormat, LowRankSpec
 from hf_lowbit.formats.low_rank import FACTOR_DTYPES
 from hf_lowbit.kernels.low_rank import low_rank_linear
+from hf_lowbit.report.bench import random_weight
 
 SHAPES = [(24, 40, 7), (1, 64, 1), (8, 72, 8), (130, 9, 5), (1, 1, 1)]
 
@@ -90,6 +91,15 @@ def test_layer_is_frozen_and_its_factors_can_be_trained():
         ({"dtype": ["float16"]}, "dtype must be"),
         ({"out_features": 2**30}, "out_features must be"),
         ({"up_format": "integer"}, "unknown key 'up_format'"),
+        ({"up": {"format": "integer", "bits": 5}}, "layer: up: bad format spec: bits must be one of"),
+        ({"up": {"format": "integer", "in_features": 7}}, "layer: up: in_features follows from the weight"),
+        ({"down": {"format": "low_rank", "rank": 3}}, "layer: down: must name a format of binary, integer"),
+        ({"down": {"format": "latent"}}, "layer: down: must name a format"),
+        ({"down": {"format": ["integer"]}}, "layer: down: must name a format"),
+        ({"down": {"bits": 4}}, "layer: down: must name a format"),
+        ({"down": "integer"}, "layer: down: must name a format"),
+        ({"down": {"format": "binary", "salient": 41, "salient_groups": 1}}, "layer: down: .*salient must be"),
+        ({"down": {"format": "integer"}, "rank": 99}, "rank must be an integer from 1 to 24"),
     ],
     ids=str,
 )
@@ -137,3 +147,66 @@ def test_products_that_do_not_fit_are_refused(arguments, message):
     given = (*arguments, *(torch.zeros(3, 40), torch.zeros(24, 7), torch.zeros(7, 40), None)[len(arguments) :])
     with pytest.raises(RuntimeError, match=message):
         low_rank_linear(*given)
+
+
+# Factors that are held in a format themselves --------------------------------------------------------------------
+
+
+def integers(n, m, bits=4, **form):
+    spec = IntegerSpec(n, m, bits, scale_dtype="float32", **form)
+    return IntegerFormat.pack(spec, torch.randint(0, 2**bits, (n, m)), 0.1 * torch.rand(n, spec.groups) + 0.01)
+
+
+def signs(n, m):
+    return random_weight(BinarySpec(n, m, groups=2, salient=2, salient_groups=1, shift=True))
+
+
+HELD = {
+    "int4 down": lambda: LowRankFormat.pack(torch.randn(24, 7), integers(7, 40, group_size=16), torch.float32),
+    "int8 both": lambda: LowRankFormat.pack(integers(24, 7, 8), integers(7, 40, 8), torch.float16),
+    "signs": lambda: LowRankFormat.pack(signs(24, 7), signs(7, 40), torch.float16),
+    "mixed": lambda: LowRankFormat.pack(signs(24, 7), integers(7, 40), torch.float16),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_factors_in_other_formats(kind):
+    form = HELD[kind]()
+    dense = [f.double() if isinstance(f, torch.Tensor) else f.unpack().double() for f in (form.up, form.down)]
+    torch.testing.assert_close(form.unpack().double(), dense[0] @ dense[1], rtol=1e-5, atol=1e-5)
+    x, bias = torch.randn(3, 40), torch.randn(24)
+    torch.testing.assert_close(form.linear(x, bias), x @ form.unpack().T + bias, rtol=1e-4, atol=1e-4)
+    held = [f.nbytes for f in (form.up, form.down)]
+    assert form.nbytes == sum(held)
+    assert form.nbytes == sum(len(t.numpy().tobytes()) for t in form.state().values())
+    assert LowRankSpec.from_json(form.spec.to_json(), "layer") == form.spec
+    assert set(form.state()) <= set(LowRankFormat.tensor_names)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in form.state().items()} == LowRankFormat.shapes(form.spec)
+    again = LowRankFormat.from_state(load(save(form.state())), form.spec)
+    again.validate("layer")
+    assert torch.equal(again.unpack(), form.unpack())
+    layer = PackedLinear(form, bias, torch.float32)
+    skeleton = PackedLinear.empty_like(nn.Linear(40, 24, device="meta"), LowRankFormat, form.spec)
+    skeleton.load_state_dict(load(save(layer.state_dict())), assign=True)
+    assert torch.equal(skeleton(x), layer(x))
+    assert torch.equal(layer.dequantize().weight, form.unpack())
+    x.requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, form.unpack().sum(0).expand(3, -1), rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_damaged_factors_are_named():
+    form = HELD["mixed"]()
+    form.down.scale[2, 0] = float("nan")
+    form.up.row_scale[0, 0, 1] = -1.0
+    with pytest.raises(ValueError, match=r"layer: up: row_scale holds a negative scale; down: scale holds NaN"):
+        form.validate("layer")
+    state = form.state()
+    with pytest.raises(ValueError, match="are not those of this spec"):
+        LowRankFormat.from_state({**state, "down": torch.zeros(7, 40)}, form.spec)
+    with pytest.raises(ValueError, match=r"down_packed is torch\.uint8"):
+        LowRankFormat.from_state({**state, "down_packed": state["down_packed"][:, 1:]}, form.spec).validate("layer")
+    with pytest.raises(ValueError, match=r"down must be of shape \(6, 40\)"):
+        LowRankFormat.pack(torch.randn(24, 6), integers(7, 40), torch.float32)

@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 import hf_lowbit
 from hf_lowbit import AdaSVDConfig, ARBConfig, LowBitRecipe, RunOptions, UnsupportedModelError, packed_modules
 from hf_lowbit.compress.engine import Run
+from hf_lowbit.errors import CheckpointError
 from hf_lowbit.hf.save import save_model
 from hf_lowbit.methods.adasvd.ratios import kept
 from hf_lowbit.report.inspect import inspect
 from hf_lowbit.report.tables import inspection_tables
+from hf_lowbit.report.verify import verify
 from tests.hf.test_transformers import logits, quick
 from tests.tiny import tiny_model, tokens
 
@@ -76,6 +78,42 @@ def test_inspect_shows_the_rank_of_every_layer(dense, tmp_path):
     cells = list(inspection_tables(found, layers=True)[2].columns[3].cells)
     assert cells == [module.highlights for module in found.modules]
     assert found.total_bytes == sum(file.stat().st_size for file in (tmp_path / "packed").iterdir())
+
+
+HELD = {
+    "int8": {"factors": "int8"},
+    "int4": {"factors": "int4", "factor_group": 32},
+    "signs": {"factors": ARBConfig(iterations=2, x_iterations=2, quantiles=9, max_salient_per_block=4)},
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_factors_in_another_format(dense, tmp_path, kind):
+    """All of the life of such a model, journal and checksums included; no layer stays dense beside small factors."""
+    journal = tmp_path / "journal"
+    runs = [RunOptions(progress=False, batch_size=2, journal=journal, resume=resume) for resume in (False, True)]
+    model = compress(dense, small(run=runs[0], **HELD[kind]))
+    config = model.config.quantization_config
+    assert len(config.modules) == len(packed_modules(model)) == 28
+    assert max(config.layers.values()) < 1
+    first = saved(model, tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(model))
+    assert saved(loaded, tmp_path / "again") == first
+    assert saved(compress(dense, small(run=runs[1], **HELD[kind])), tmp_path / "resumed") == first
+    assert torch.allclose(logits(loaded.dequantize()), logits(model), atol=1e-3)
+    found = inspect(tmp_path / "packed")
+    layers = packed_modules(model)
+    assert sum(module.bytes for module in found.modules) == sum(layer.packed.nbytes for layer in layers.values())
+    shown = {"int8": "down integer (bits 8, group size 64)", "int4": "down integer (group size 32)"}
+    assert all(shown.get(kind, "down binary (") in module.highlights for module in found.modules)
+    assert verify(tmp_path / "packed").problems == ()
+    file = tmp_path / "packed" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="checksum"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 
 def test_layers_that_would_gain_nothing_stay_dense(dense, tmp_path, caplog):

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from benchmarks.quality.pbs2p import synthetic_layer
-from hf_lowbit import AdaSVDConfig, LowBitConfig, registry
+from hf_lowbit import AdaSVDConfig, ARBConfig, LowBitConfig, registry
 from hf_lowbit.calibration.stats import LinearStats
 from hf_lowbit.formats import LowRankFormat
 from hf_lowbit.methods.adasvd.algorithm import factorize
 from hf_lowbit.methods.adasvd.options import rank_of, stays_dense
-from hf_lowbit.methods.adasvd.ratios import filled, kept, ratios_within_budget
-from hf_lowbit.numerics import low_rank
+from hf_lowbit.methods.adasvd.ratios import filled, highest_factored, kept, ratios_within_budget
+from hf_lowbit.numerics import integer, low_rank
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (1, 30), (30, 1), (7, 130)]
 
@@ -334,6 +334,47 @@ def test_fewer_tokens_than_columns_are_damped_and_said_so(caplog):
     assert isinstance(packed, LowRankFormat)
 
 
+@pytest.mark.parametrize(
+    "factors", ["int8", "int4", ARBConfig(iterations=3, quantiles=9)], ids=["int8", "int4", "signs"]
+)
+def test_factors_are_held_for_what_they_receive(factors):
+    """V is held for the inputs, U is refitted to what V became: better than holding each for itself."""
+    weight, moment = small(96, 160)
+    options = {"ratio": 0.6, "factors": factors, "factor_group": 0}
+    plain, held, unfitted = (
+        stored(weight, moment, ratio=0.6),
+        stored(weight, moment, **options),
+        stored(weight, moment, **options, iterations=0),
+    )
+    errors = [
+        float(((r @ moment) * r).sum()) for r in ((weight - f.unpack()).double() for f in (plain, held, unfitted))
+    ]
+    assert errors[0] < errors[1] < errors[2]
+    assert held.nbytes < 0.3 * plain.nbytes  # of float32
+    assert held.spec.rank == plain.spec.rank
+    if factors == "int4":
+        best = low_rank.balance(*low_rank.truncate(weight.double(), moment, held.spec.rank))
+        alone = [
+            integer.fit(
+                factor, None, bits=4, group_size=0, symmetric=True, scale_dtype=torch.float16, damping=0.01, where=""
+            )
+            for factor in best
+        ]
+        up, down = ((fit.codes.double() - 8) * fit.scale.double() for fit in alone)
+        assert low_rank.output_error(weight.double(), moment, up, down) > errors[2]
+    assert torch.isfinite(stored(weight, None, **options).unpack()).all()
+
+
+def test_ratios_of_held_factors_leave_no_layer_dense():
+    found, _ = plan_of(AdaSVDConfig(ratio=0.6, factors="int4"), cosines=(-1.0, 0.99, 0.99))
+    shapes = [(64, 64), (96, 64)]
+    assert not any(stays_dense(shape, found["layers.0"]) for shape in shapes)
+    used = sum(kept(shapes, share, 1) for share in found.values())
+    assert 0 <= 0.6 * 3 * (64 * 64 + 96 * 64) - used < 160
+    assert highest_factored([[(64, 64), (96, 64)], [(2, 2)]], 1) == 0.0
+    assert stays_dense((64, 64), highest_factored([[(64, 64)]], 1) + 1 / 32)
+
+
 # Config ----------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +394,14 @@ def test_fewer_tokens_than_columns_are_damped_and_said_so(caplog):
         ({"factor_dtype": "int8"}, "factor_dtype must be one of"),
         ({"importance": "inverse_cos"}, "importance must be one of"),
         ({"iterations": -1}, "iterations must be"),
+        ({"factors": "int3"}, "factors must be one of"),
+        ({"factors": "method"}, "factor_config is needed"),
+        ({"factor_config": ARBConfig()}, "factor_config is needed for factors=.method., and only then"),
+        ({"factors": AdaSVDConfig()}, "adasvd makes low_rank, factors may be binary, integer"),
+        ({"factors": ARBConfig(skip=["a"])}, "put skip on the config itself"),
+        ({"factors": "method", "factor_config": 3}, "must be the config of a method, got int"),
+        ({"factors": ARBConfig(variant="x"), "calibration": None}, "variant 'x' .* needs calibration data"),
+        ({"factor_group": -1}, "factor_group must be"),
     ],
     ids=str,
 )
@@ -364,6 +413,13 @@ def test_bad_options_are_refused(options, message):
 def test_config_in_json_and_defaults():
     config = AdaSVDConfig(ratio=0.6, layers={"a": 0.4, "a.b": 1.0})
     assert LowBitConfig.from_dict(config.to_dict()) == config
+    mixed = AdaSVDConfig(calibration="c4", seed=3, factors=ARBConfig(variant="x"))
+    assert LowBitConfig.from_dict(mixed.to_dict()) == mixed
+    assert (mixed.factors, mixed.factor_config.variant, mixed.factor_config.seed) == ("method", "x", 3)
+    nested = mixed.to_dict()
+    for inner in (config.to_dict(), {"method": "recipe"}, [1]):
+        with pytest.raises(ValueError, match="factor_config must be the config of another method"):
+            LowBitConfig.from_dict({**nested, "factor_config": inner})
     assert config.ratio_of("a.q") == 0.4
     assert config.ratio_of("a.b.q") == 1.0
     with pytest.raises(ValueError, match=r"c\.q: is in none of the blocks that layers gives a ratio for"):

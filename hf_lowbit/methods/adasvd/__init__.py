@@ -10,7 +10,7 @@ import torch
 from hf_lowbit.formats import LowRankFormat
 from hf_lowbit.methods.adasvd.algorithm import factorize
 from hf_lowbit.methods.adasvd.options import AdaSVDConfig, stays_dense
-from hf_lowbit.methods.adasvd.ratios import filled, ratios_within_budget
+from hf_lowbit.methods.adasvd.ratios import filled, highest_factored, ratios_within_budget
 from hf_lowbit.numerics.importance import importance_of
 from hf_lowbit.registry import BlockUnit, LinearUnit, Method, register
 
@@ -38,9 +38,12 @@ def _plan(
         return {block.name: options.ratio for block in missing} if known else {}
     cosines = similarity()
     importance = importance_of([cosines[block.name] for block in missing], options.importance)
-    ratios = ratios_within_budget(importance, [block.weights for block in missing], options.ratio, options.floor)
-    budget = options.ratio * sum(block.weights for block in missing)
-    ratios = filled(ratios, [block.shapes for block in missing], budget, options.rank_multiple)
+    sizes, shapes = [block.weights for block in missing], [block.shapes for block in missing]
+    high = 1.0
+    if options.factors != "float":  # a dense layer would take several times the bytes of such factors
+        high = max(options.ratio, highest_factored(shapes, options.rank_multiple))
+    ratios = ratios_within_budget(importance, sizes, options.ratio, options.floor, high)
+    ratios = filled(ratios, shapes, options.ratio * sum(sizes), options.rank_multiple, high)
     return dict(zip((block.name for block in missing), ratios, strict=True))
 
 
@@ -63,7 +66,7 @@ register(
         unit="linear",
         needs="tokens",
         format="low_rank",
-        status="works: whitened truncation, adaComp, adaCR, baseline svd; factors in plain floating point only",
+        status="works: whitened truncation, adaComp, adaCR, baseline svd; factors plain, integer or of another method",
         compress=_compress,
         plan=_plan,
         leaves_dense=_leaves_dense,

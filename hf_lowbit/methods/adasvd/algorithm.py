@@ -15,23 +15,39 @@ Differs: the refits (adaComp) need the inputs through their second moment alone,
 be averaged to fit into memory ("stack of batch", which divides the covariance of the inputs and raises the error).
 Started from the whitened truncation *of the same second moment* adaComp has nothing to gain, since that is the best
 there is; from the plain decomposition it converges to it. Both are tested, and of the start and all refits the best is
-kept. The last refit of U sees V as it is stored, which takes back part of the rounding.
+kept. The last refit of U sees V as it is stored, which takes back part of the rounding; so it does where factors are
+integers or signs: V is held so that its own outputs are kept, U is refitted to what V became, and held likewise.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_lowbit import registry
+from hf_lowbit.formats import Format, IntegerFormat, IntegerSpec
 from hf_lowbit.formats.low_rank import FACTOR_DTYPES, LowRankFormat
-from hf_lowbit.methods.adasvd.options import AdaSVDConfig, rank_of
-from hf_lowbit.numerics import low_rank
+from hf_lowbit.methods.adasvd.options import INTEGER, AdaSVDConfig, rank_of
+from hf_lowbit.numerics import integer, low_rank
 
 logger = logging.getLogger(__name__)
 Factors = tuple[Tensor, Tensor]
+# Share of the mean diagonal added to the second moment of a factor's inputs before integers make up for rounding.
+INTEGER_DAMPING = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """What another method is told of a factor's inputs."""
+
+    moment: Tensor
+
+    def second_moment(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.moment.to(dtype)
 
 
 def factorize(
@@ -68,9 +84,13 @@ def factorize(
     moment, damped = _usable(second_moment, weight.shape[1], options.damping, where, tokens)
     (up, down), errors = best_factors(weight, moment, rank, options.init, options.iterations)
     up, down = low_rank.balance(up, down)
-    found = LowRankFormat.pack(up, down, dtype)
-    if options.iterations:
-        found = _refit_rounded(weight, moment, found, dtype)
+    if options.factors != "float":
+        found = _held(weight, moment, (up, down), options, where, dtype)
+    else:
+        up, down = up.to(dtype), down.to(dtype)
+        if options.iterations:
+            up = _refit_rounded(weight, moment, (up, down))
+        found = LowRankFormat.pack(up, down, dtype)
     if trace is not None:
         whole = low_rank.output_error(weight, moment, torch.zeros_like(up), down) or 1.0
         trace.append({"rank": rank, "errors": [error / whole for error in errors], "damped": damped})
@@ -95,12 +115,52 @@ def best_factors(
     return best, errors
 
 
-def _refit_rounded(weight: Tensor, moment: Tensor | None, found: LowRankFormat, dtype: torch.dtype) -> LowRankFormat:
-    """Refit U to V as it is stored, if that lowers the error of what is stored."""
-    down = found.down.double()
-    up = low_rank.refit_up(weight, moment, down).to(dtype)
-    before, after = (low_rank.output_error(weight, moment, u.double(), down) for u in (found.up, up))
-    return LowRankFormat.pack(up, found.down, dtype) if after < before else found
+def _refit_rounded(weight: Tensor, moment: Tensor | None, rounded: Factors) -> Tensor:
+    """Return U refitted to V as it is stored, if that lowers the error of what is stored; else U as it is."""
+    up, down = rounded
+    refitted = low_rank.refit_up(weight, moment, down.double()).to(up.dtype)
+    before, after = (low_rank.output_error(weight, moment, u.double(), down.double()) for u in (up, refitted))
+    return refitted if after < before else up
+
+
+def _held(
+    weight: Tensor, moment: Tensor | None, factors: Factors, options: AdaSVDConfig, where: str, dtype: torch.dtype
+) -> LowRankFormat:
+    """Hold both factors in another format: V for its inputs, then U, refitted to it, for what V makes of them.
+
+    Balanced factors have ``UᵀU`` diagonal, so what is lost of a row of V counts in the metric of G whatever the other
+    rows lose: the layer's output error is that of V, row by row.
+    """
+    up, down = factors
+    held_down = _in_format(down, moment, options, f"{where}.down", dtype)
+    middle = held_down.unpack().double()
+    inputs = middle @ middle.T if moment is None else middle @ moment @ middle.T
+    if options.iterations:
+        up = low_rank.refit_up(weight, moment, middle)
+    return LowRankFormat.pack(_in_format(up, inputs, options, f"{where}.up", dtype), held_down, dtype)
+
+
+def _in_format(factor: Tensor, moment: Tensor | None, options: AdaSVDConfig, where: str, dtype: torch.dtype) -> Format:
+    """Hold one factor as the options say, given the second moment of its inputs."""
+    if options.factor_config is not None:
+        method = registry.get(options.factor_config.method)
+        stats = None if moment is None else _Inputs(moment)
+        held: Format = method.compress(registry.LinearUnit(where, factor.float()), stats, options.factor_config)
+        return held
+    scales = "float16" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+    rows, columns = factor.shape
+    spec = IntegerSpec(rows, columns, INTEGER[options.factors], options.factor_group, True, scales)
+    fit = integer.fit(
+        factor,
+        moment,
+        bits=spec.bits,
+        group_size=spec.group_size,
+        symmetric=spec.symmetric,
+        scale_dtype=FACTOR_DTYPES[scales],
+        damping=INTEGER_DAMPING,
+        where=where,
+    )
+    return IntegerFormat.pack(spec, fit.codes, fit.scale, fit.zero)
 
 
 def _usable(

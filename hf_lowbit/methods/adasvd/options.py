@@ -7,10 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from hf_lowbit.config import CalibratedConfig, option, planned_for, planned_problems
-from hf_lowbit.formats.low_rank import FACTOR_DTYPES
+from hf_lowbit import registry
+from hf_lowbit.config import CalibratedConfig, LowBitConfig, option, planned_for, planned_problems, shown
+from hf_lowbit.formats.low_rank import FACTOR_DTYPES, INNER
 
 IMPORTANCE = ("one_minus_cos", "arccos", "cos", "uniform")
+# Bits of integer factors, by the name of the choice.
+INTEGER = {"int8": 8, "int4": 4}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -22,8 +25,13 @@ class AdaSVDConfig(CalibratedConfig):
     more, under one budget; a layer that would keep all it has stays dense. With ``calibration=None`` no data is used:
     plain singular value decomposition at the same ratio everywhere.
 
+    Factors may be integers, or held by another method: ``AdaSVDConfig(ratio=0.6, factors="int4")``, or, for one bit,
+    ``AdaSVDConfig(ratio=0.6, factors=ARBConfig())``. Ratios still count numbers, whatever the bits of each.
+
     Attributes:
         layers: ratio of each decoder block by name. Filled by the run; given beforehand, these are used as they are.
+        factor_config: of the method that holds the factors, for ``factors="method"``; given as ``factors`` it is put
+            here. It takes over the calibration of this config: each factor is fitted to what it receives in the run.
     """
 
     method: ClassVar[str] = "adasvd"
@@ -31,6 +39,7 @@ class AdaSVDConfig(CalibratedConfig):
     calibration: Any = dataclasses.field(default="wikitext2", repr=False)
     samples: int = option(256, "calibration sequences", low=1)
     layers: Mapping[str, float] | None = None
+    factor_config: LowBitConfig | None = None
     ratio: float = option(0.8, "share of the parameters kept (trr), from 0.001 to 1", low=1e-3, high=1.0)
     min_ratio: float = option(
         0.0, "least ratio of a block (mrr); 0 means ratio - 0.1, at least 0.05", low=0.0, high=1.0
@@ -56,6 +65,23 @@ class AdaSVDConfig(CalibratedConfig):
     factor_dtype: str = option(
         "auto", "dtype of the stored factors; auto: that of the dense weight", choices=("auto", *FACTOR_DTYPES)
     )
+    factors: str = option(
+        "float",
+        "how factors are held: plain numbers, integers with scales, or as factor_config says (method)",
+        choices=("float", *INTEGER, "method"),
+    )
+    factor_group: int = option(
+        64, "columns of an integer factor that share a scale; 0: all of a row", low=0, high=2**24
+    )
+
+    def __post_init__(self) -> None:
+        given: Any = self.factors
+        if isinstance(given, LowBitConfig):
+            self.factors, self.factor_config = "method", given
+        if isinstance(self.factor_config, CalibratedConfig):
+            shared = {name: getattr(self, name) for name in ("calibration", "samples", "sequence_length", "seed")}
+            self.factor_config = dataclasses.replace(self.factor_config, **shared)
+        super().__post_init__()
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, empty if nothing is."""
@@ -66,15 +92,46 @@ class AdaSVDConfig(CalibratedConfig):
             lambda share: type(share) in (int, float) and 0 < share <= 1,
             "a number above 0 and at most 1",
         )
+        found += self._factor_problems()
         if not found and self.min_ratio > self.ratio:
             found.append(f"min_ratio must not exceed ratio = {self.ratio}, got {self.min_ratio}")
         return found
+
+    def _factor_problems(self) -> list[str]:
+        inner = self.factor_config
+        if (self.factors == "method") != (inner is not None):
+            return ['factor_config is needed for factors="method", and only then']
+        if inner is None:
+            return []
+        held = {held.name for held in INNER.values()}
+        if not isinstance(inner, LowBitConfig) or inner.method not in registry.methods():
+            return [f"factor_config must be the config of a method, got {type(inner).__name__}"]
+        method = registry.get(inner.method)
+        if method.unit != "linear" or method.format not in held:
+            return [f"factor_config: {method.name} makes {method.format}, factors may be {', '.join(sorted(held))}"]
+        if inner.skip or inner.modules is not None or inner.left_dense is not None:
+            return ["factor_config: put skip on the config itself"]
+        return []
 
     def _values(self) -> dict[str, Any]:
         values = super()._values()
         if self.layers is not None:
             values["layers"] = dict(self.layers)
+        if self.factor_config is not None:
+            values["factor_config"] = self.factor_config.to_dict()
         return values
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> Any:
+        inner = values.get("factor_config")
+        if inner is not None:
+            # before it is read: a config inside a config could go on for ever
+            if not isinstance(inner, Mapping) or inner.get("method") in (cls.method, "recipe"):
+                raise ValueError(
+                    f"{cls.__name__}: factor_config must be the config of another method, got {shown(inner)}"
+                )
+            values = {**values, "factor_config": LowBitConfig.from_dict(inner)}
+        return super()._from_values(values)
 
     @property
     def floor(self) -> float:

@@ -24,7 +24,9 @@ from hf_lowbit.methods.adasvd.options import rank_of, stays_dense
 Shapes = Sequence[tuple[int, int]]
 
 
-def ratios_within_budget(importance: Sequence[float], sizes: Sequence[int], ratio: float, low: float) -> list[float]:
+def ratios_within_budget(
+    importance: Sequence[float], sizes: Sequence[int], ratio: float, low: float, high: float = 1.0
+) -> list[float]:
     """Ratio of every block: more for important ones, ``ratio`` on average over all parameters.
 
     Args:
@@ -32,22 +34,23 @@ def ratios_within_budget(importance: Sequence[float], sizes: Sequence[int], rati
         sizes: parameters of each block, > 0.
         ratio: budget, above 0 and at most 1.
         low: least ratio, at most ``ratio``.
+        high: largest ratio, at least ``ratio``.
 
     Returns:
-        Ratios from ``low`` to 1 with ``Σ size · ratio`` equal to the budget up to rounding.
+        Ratios from ``low`` to ``high`` with ``Σ size · ratio`` equal to the budget up to rounding.
     """
-    ratios = [min(max(low + value * (ratio - low), low), 1.0) for value in importance]
+    ratios = [min(max(low + value * (ratio - low), low), high) for value in importance]
     budget = ratio * sum(sizes)
-    for _ in range(len(sizes) + 1):  # each round ends, or cuts one more block at 1
+    for _ in range(len(sizes) + 1):  # each round ends, or cuts one more block
         spare = budget - sum(size * share for size, share in zip(sizes, ratios, strict=True))
         if abs(spare) <= 1e-12 * budget:
             break
-        free = [i for i in range(len(sizes)) if ratios[i] < 1.0 or spare < 0]
+        free = [i for i in range(len(sizes)) if ratios[i] < high or spare < 0]
         above = sum(sizes[i] * (ratios[i] - low) for i in free)
         total = sum(sizes[i] for i in free)
         for i in free:
             more = spare * (ratios[i] - low) / above if above > 0 else spare / total
-            ratios[i] = min(max(ratios[i] + more, low), 1.0)
+            ratios[i] = min(max(ratios[i] + more, low), high)
     return ratios
 
 
@@ -59,7 +62,9 @@ def kept(shapes: Shapes, ratio: float, multiple: int) -> int:
     )
 
 
-def filled(ratios: Sequence[float], blocks: Sequence[Shapes], budget: float, multiple: int) -> list[float]:
+def filled(
+    ratios: Sequence[float], blocks: Sequence[Shapes], budget: float, multiple: int, high: float = 1.0
+) -> list[float]:
     """Raise ratios until no layer of any block can have a higher rank within the budget.
 
     Args:
@@ -67,6 +72,7 @@ def filled(ratios: Sequence[float], blocks: Sequence[Shapes], budget: float, mul
         blocks: shapes of the layers of each block.
         budget: parameters in all.
         multiple: of which ranks are multiples.
+        high: no ratio is raised above it, nor to 1.
 
     Returns:
         Ratios at which layers reach those ranks. The block that is nearest to its next rank is raised first; one that
@@ -79,7 +85,7 @@ def filled(ratios: Sequence[float], blocks: Sequence[Shapes], budget: float, mul
         steps = {i: _next_ratio(blocks[i], found[i], multiple) for i in open_blocks}
         i = min(open_blocks, key=lambda i: (steps[i] - found[i], i))
         cost = kept(blocks[i], steps[i], multiple) - kept(blocks[i], found[i], multiple)
-        if steps[i] >= 1.0 or cost > left:
+        if steps[i] >= 1.0 or steps[i] > high or cost > left:
             open_blocks.remove(i)
             continue
         found[i], left = steps[i], left - cost
@@ -94,3 +100,12 @@ def _next_ratio(shapes: Shapes, ratio: float, multiple: int) -> float:
         if not stays_dense((rows, columns), ratio, multiple)
     ]
     return min(steps, default=2.0)
+
+
+def highest_factored(blocks: Sequence[Shapes], multiple: int) -> float:
+    """Return a ratio up to which every layer of every block saves something as factors; 0 if one never does."""
+    highest = 1.0
+    for rows, columns in {shape for shapes in blocks for shape in shapes}:
+        most = (rows * columns - 1) // (rows + columns) // multiple * multiple
+        highest = min(highest, most * (rows + columns) / (rows * columns))
+    return highest

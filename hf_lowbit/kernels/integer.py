@@ -1,0 +1,162 @@
+"""Custom ops ``hf_lowbit::integer_*``: products with weights that are held as integers with scales.
+
+``w[i, j] = scale[i, g] · (code[i, j] - zero[i, g])`` for column j of group g. Codes are unsigned. Without stored zero
+points the zero is the middle of the range, ``2^(bits - 1)``. The op in torch is the definition on every device; there
+is no kernel that multiplies packed codes yet.
+
+Layout of codes of 2, 4 or 8 bits: ``8 / bits`` of them in a byte, the first column in the lowest bits; what is left of
+a row's last byte is 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from hf_lowbit.kernels.ops import LIBRARY, unobserved
+
+BITS = (2, 4, 8)
+
+
+def code_bytes(columns: int, bits: int) -> int:
+    """Return the bytes that hold a row of codes."""
+    return -(-columns * bits // 8)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack unsigned codes.
+
+    Args:
+        codes: (..., columns), integers from 0 to ``2^bits - 1``.
+        bits: one of :data:`BITS`.
+
+    Returns:
+        (..., code_bytes), uint8.
+    """
+    each = 8 // bits
+    padded = pad(codes.to(torch.uint8), (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
+    packed = torch.zeros_like(padded[..., 0])
+    for place in range(each):
+        packed |= padded[..., place] << (bits * place)
+    return packed
+
+
+def unpack_codes(packed: Tensor, columns: int, bits: int) -> Tensor:
+    """Undo :func:`pack_codes`; (..., columns), uint8."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return codes.flatten(-2)[..., :columns]
+
+
+LIBRARY.define(
+    "integer_linear(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int in_features, "
+    "int bits, int group_size) -> Tensor"
+)
+LIBRARY.define(
+    "integer_dequantize(Tensor packed, Tensor scale, Tensor? zero_point, int in_features, int bits, int group_size) "
+    "-> Tensor"
+)
+
+
+def _dequantize(
+    packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, bits: int, group_size: int
+) -> Tensor:
+    groups = scale.shape[1]
+    codes = unpack_codes(packed, in_features, bits).float()
+    zero = codes.new_full((1, 1), 2 ** (bits - 1))
+    if zero_point is not None:
+        zero = unpack_codes(zero_point, groups, bits).float()
+    factor = scale.float()
+    if groups > 1:
+        group = torch.arange(in_features, device=codes.device) // group_size
+        factor = factor[:, group]
+        zero = zero if zero_point is None else zero[:, group]
+    return (codes - zero) * factor
+
+
+def _dequantize_fake(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, *_: int) -> Tensor:
+    return scale.new_empty((packed.shape[0], in_features), dtype=torch.float32)
+
+
+def _check(x: Tensor, packed: Tensor, bias: Tensor | None, in_features: int) -> None:
+    """Refuse what no product may see."""
+    if not x.is_floating_point():
+        raise RuntimeError(f"integer_linear: x must be floating point, got {x.dtype}")
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise RuntimeError(f"integer_linear: x has shape {tuple(x.shape)}, the weight has {in_features} columns")
+    if x.device != packed.device:
+        raise RuntimeError(f"integer_linear: x is on {x.device}, the weight on {packed.device}")
+    if bias is not None and bias.shape != (packed.shape[0],):
+        raise RuntimeError(f"integer_linear: bias has shape {tuple(bias.shape)}, expected ({packed.shape[0]},)")
+
+
+def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any) -> Tensor:
+    """Multiply; the weight is rounded once to the dtype of ``x``."""
+    bias, in_features, *sizes = rest
+    _check(x, packed, bias, in_features)
+    weight = _dequantize(packed, scale, zero_point, in_features, *sizes).to(x.dtype)
+    return linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _linear_fake(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any) -> Tensor:
+    _check(x, packed, rest[0], rest[1])
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, scale, zero_point, bias, *sizes = inputs
+    ctx.save_for_backward(packed, scale, zero_point)
+    ctx.sizes = sizes
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return gradients of the input and the bias; the weight is frozen."""
+    packed, scale, zero_point = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ torch.ops.hf_lowbit.integer_dequantize(packed, scale, zero_point, *ctx.sizes).to(grad.dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None, None, None
+
+
+LIBRARY.impl("integer_linear", _linear, "CompositeExplicitAutograd")
+LIBRARY.impl("integer_dequantize", _dequantize, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_lowbit::integer_linear", _linear_fake, lib=LIBRARY)
+torch.library.register_fake("hf_lowbit::integer_dequantize", _dequantize_fake, lib=LIBRARY)
+torch.library.register_autograd("hf_lowbit::integer_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def integer_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    sizes: tuple[int, int, int],
+) -> Tensor:
+    """Multiply by an ``integer`` weight.
+
+    Args:
+        x: (..., in_features), floating.
+        packed: (out_features, code_bytes(in_features)), uint8.
+        scale: (out_features, groups), floating.
+        zero_point: (out_features, code_bytes(groups)), uint8, or None.
+        bias: (out_features,) or None.
+        sizes: in_features, bits and columns of a group.
+
+    Returns:
+        (..., out_features), dtype of ``x``.
+
+    Raises:
+        RuntimeError: shapes or devices do not fit.
+    """
+    arguments = (x, packed, scale, zero_point, bias, *sizes)
+    if unobserved(x, bias):
+        return _linear(*arguments)
+    out: Tensor = torch.ops.hf_lowbit.integer_linear(*arguments)
+    return out
