@@ -59,6 +59,13 @@ class PackedModule:
         return float(self.spec["keep_n"] / self.spec["keep_m"]) if self.mask else 1.0
 
     @property
+    def rank_share(self) -> float | None:
+        """Numbers that the factors of a low-rank layer hold, as a share of the weights; None of any other layer."""
+        if self.format != "low_rank":
+            return None
+        return float(self.spec["rank"] * (self.spec["out_features"] + self.spec["in_features"]) / self.weights)
+
+    @property
     def highlights(self) -> str:
         """What the spec holds beside the shape: switches by their name, numbers with theirs."""
         return ", ".join([*([self.mask] if self.mask else []), *_spec_words(self.spec)])

@@ -13,9 +13,10 @@ from hf_lowbit.report.tables import FILE, kinds_of, parts_of, size_text
 def save_plot(inspection: Inspection, file: str | Path) -> Path:
     """Draw an inspection into a PNG file.
 
-    Up to four panels: bytes by part of the folder; bits per weight of every packed layer; its output error (left out
-    after a run without data); the share of its weights that an N:M mask keeps (left out where nothing is pruned). A
-    line per kind of layer, from the first block to the last.
+    Two panels and those of the others that have something to show: bytes by part of the folder; bits per weight of
+    every packed layer; its output error (after a run with data); the share of its weights that an N:M mask keeps; the
+    share of its numbers that factors of low rank hold, 1 for layers of the same kind that stayed dense. A line per
+    kind of layer, from the first block to the last.
 
     Args:
         inspection: what to draw.
@@ -40,6 +41,8 @@ def save_plot(inspection: Inspection, file: str | Path) -> Path:
         lines["error"] = "relative output error"
     if any(module.mask for module in inspection.modules):
         lines["kept_share"] = "share of weights kept, N / M"
+    if any(module.rank_share is not None for module in inspection.modules):
+        lines["rank_share"] = "share of numbers kept"
     figure = Figure(figsize=(10, 4 + 3 * len(lines)), layout="constrained")
     panels = figure.subplots(1 + len(lines), 1)
     _bytes_by_part(panels[0], inspection)
@@ -64,11 +67,21 @@ def _bytes_by_part(axes: Any, inspection: Inspection) -> None:
 
 
 def _by_layer(axes: Any, inspection: Inspection, value: str, label: str) -> None:
+    dense = list(inspection.config.left_dense or {}) if value == "rank_share" else []
     for kind, modules in kinds_of(inspection.modules).items():
-        points = [(at, getattr(module, value)) for at, module in enumerate(modules)]
-        known = [(at, number) for at, number in points if number is not None]
-        axes.plot([at for at, _ in known], [number for _, number in known], marker=".", label=kind)
+        known = {module.name: getattr(module, value) for module in modules}
+        found = [(_place(name), number) for name, number in known.items() if number is not None]
+        if found:
+            found += [(_place(name), 1.0) for name in dense if name.rpartition(".")[2] == kind]
+        found.sort()
+        axes.plot([place for place, _ in found], [number for _, number in found], marker=".", label=kind)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("position among the layers of this kind")
+    axes.set_xlabel("block")
     axes.set_ylabel(label)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
+
+
+def _place(name: str) -> float:
+    """Return where a layer stands: the number of its block, plus a fraction for one of several in it (experts)."""
+    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    return float(numbers[0]) + sum(n / 1000 ** (i + 1) for i, n in enumerate(numbers[1:])) if numbers else 0.0

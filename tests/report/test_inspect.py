@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_lowbit import ARBConfig, CheckpointError, LowBitRecipe, PBS2PConfig, quantize
+from hf_lowbit import AdaSVDConfig, ARBConfig, CheckpointError, LowBitRecipe, PBS2PConfig, quantize
 from hf_lowbit.hf.save import save_model
-from hf_lowbit.report import tables
+from hf_lowbit.report import plots, tables
 from hf_lowbit.report.inspect import inspect
 from hf_lowbit.report.plots import save_plot
 
@@ -119,6 +120,27 @@ def test_masks_are_listed_and_drawn_layer_by_layer(tmp_path: Path) -> None:
     listed = tables.inspection_json(found, layers=True)["modules"]
     assert listed[0]["spec"]["keep_n"] == 5
     assert save_plot(found, tmp_path / "sparse.png").stat().st_size > 1000
+
+
+def test_ranks_are_drawn_beside_layers_that_stayed_dense(tmp_path: Path) -> None:
+    layers = {"model.layers.0": 1.0, "model.layers.1": 0.5}
+    model = tiny()
+    quantize(model, AdaSVDConfig(layers=layers, calibration=None))
+    found = inspect(save_model(model, tmp_path / "low-rank"))
+    for module in found.modules:
+        rows, columns = module.spec["out_features"], module.spec["in_features"]
+        assert module.rank_share == pytest.approx(
+            int(0.5 * rows * columns / (rows + columns)) * (1 / rows + 1 / columns)
+        )
+    figure = Figure()
+    plots._by_layer(figure.subplots(), found, "rank_share", "share")
+    for line in figure.axes[0].get_lines():
+        places, shares = line.get_data()
+        assert list(places) == [0.0, 1.0]
+        assert shares[0] == 1.0
+        assert shares[1] < 0.52
+    assert save_plot(found, tmp_path / "ranks.png").stat().st_size > 1000
+    assert plots._place("model.layers.3.mlp.experts.each_up.12") == pytest.approx(3.012)
 
 
 def test_a_plot_is_a_png_file(saved: Path, tmp_path: Path) -> None:
