@@ -253,7 +253,10 @@ class LowBitConfig(QuantizationConfigMixin, metaclass=_ByMethodName):
 
     @property
     def streams(self) -> frozenset[str]:
-        """Whose inputs a calibrated run gathers: those in the "dense" model, the "compressed" one so far, or both."""
+        """Whose inputs a calibrated run gathers: those in the "dense" model, in the "compressed" one so far, or both.
+
+        With "cross" besides the two, also the products of the one with the other.
+        """
         return frozenset({"compressed"})
 
     def get_loading_attributes(self) -> dict[str, Any]:

@@ -276,6 +276,53 @@ def collect_stats(
         seen.clear()
 
 
+@contextlib.contextmanager
+def collect_inputs(linears: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Keep what linear layers receive within the ``with`` statement, a tensor for each call; layers may share them."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in linears}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args: seen[name].append(args[0].detach())
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def collect_cross(linears: dict[str, nn.Module], before: dict[str, list[Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Sum products of what linear layers receive now and what they received before, within the ``with`` statement.
+
+    Args:
+        linears: layers by full name.
+        before: their inputs in an earlier pass over the same batches, see :func:`collect_inputs`.
+
+    Yields:
+        By name Σ x x'ᵀ of earlier and present inputs, (in_features, in_features), float64; complete at the end.
+    """
+    sums: dict[str, Tensor] = {}
+    calls = dict.fromkeys(linears, 0)
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+            one, other = (x.detach().reshape(-1, x.shape[-1]).float() for x in (before[name][calls[name]], args[0]))
+            calls[name] += 1
+            product = (one.T @ other).double()
+            sums[name] = sums[name] + product if name in sums else product
+
+        return add
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def run_block(block: nn.Module, hidden: list[Tensor], calls: list[BlockCall]) -> Iterator[Any]:
     """Run a block over all batches, yielding its outputs."""
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -63,3 +65,36 @@ class LinearStats:
         if not bool(torch.isfinite(moment).all()):
             raise CalibrationError(f"{self.name}: inputs are too large, their second moment overflows {dtype}")
         return moment
+
+
+@dataclasses.dataclass
+class PairedStats:
+    """Inputs of a layer in two models, for methods that compare them (``LowBitConfig.streams``).
+
+    Attributes:
+        dense: in the dense model, if that was asked for.
+        compressed: in the model whose blocks before this one are compressed, if that was asked for.
+        cross: (in_features, in_features), float64, Σ x x'ᵀ of dense and compressed inputs over the same tokens, if
+            both were and their products, too.
+    """
+
+    dense: LinearStats | None = None
+    compressed: LinearStats | None = None
+    cross: Tensor | None = None
+
+    @property
+    def seen(self) -> LinearStats:
+        """The inputs that the layer will meet: those of the compressed model, or else of the dense one."""
+        found = self.compressed or self.dense
+        if found is None:
+            raise CalibrationError("no inputs were gathered")
+        return found
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens seen."""
+        return self.seen.tokens
+
+    def second_moment(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return that of :attr:`seen`, see :meth:`LinearStats.second_moment`."""
+        return self.seen.second_moment(dtype)

@@ -7,8 +7,8 @@ activations. A run without data takes the layers in the order in which they come
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import dataclasses
 import json
 import logging
 import sys
@@ -26,10 +26,12 @@ from tqdm.auto import tqdm
 from hf_lowbit import registry
 from hf_lowbit.calibration import capture
 from hf_lowbit.calibration.data import calibration_tokens
-from hf_lowbit.calibration.stats import LinearStats
+from hf_lowbit.calibration.stats import LinearStats, PairedStats
 from hf_lowbit.compress.journal import Journal, run_identity
+from hf_lowbit.compress.measures import StackMeasures
 from hf_lowbit.compress.outcome import RunReport, finished_config, relative_errors
-from hf_lowbit.compress.planning import cosine_sums, plan_stack
+from hf_lowbit.compress.planning import plan_stack
+from hf_lowbit.compress.projections import is_for_attention, projection_of
 from hf_lowbit.compress.source import CheckpointSource
 from hf_lowbit.compress.targets import plan_run
 from hf_lowbit.compress.team import Team
@@ -42,6 +44,14 @@ from hf_lowbit.recipe import rules_of
 
 logger = logging.getLogger(__name__)
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What layers of a block receive in the dense model: statistics, and the inputs themselves where asked for."""
+
+    stats: Mapping[str, LinearStats] = dataclasses.field(default_factory=dict)
+    inputs: dict[str, list[Tensor]] = dataclasses.field(default_factory=dict)
 
 
 class Run:
@@ -181,7 +191,7 @@ class Run:
                 others.append(name)
         return others
 
-    def compress_layers(self, names: list[str], stats: Mapping[str, LinearStats | None]) -> None:
+    def compress_layers(self, names: list[str], stats: Mapping[str, LinearStats | PairedStats]) -> None:
         """Replace layers by their packed form and record them, in order.
 
         Each layer is computed on one thread and several layers at a time: the many small operations of a fit do not
@@ -227,12 +237,14 @@ class Run:
             self._place(name, packed, self.journal.rows[name])
         return True
 
-    def _pack(self, name: str, stats: LinearStats | None) -> tuple[Format, dict[str, Any]]:
+    def _pack(self, name: str, stats: LinearStats | PairedStats | None) -> tuple[Format, dict[str, Any]]:
         """Compute the packed form of one layer and its row for the report."""
         began = time.perf_counter()
         options = self.targets.methods[name]
         with torch.no_grad():
-            unit = registry.LinearUnit(name=name, weight=dense_weight(self.model.get_submodule(name)))
+            weight = dense_weight(self.model.get_submodule(name))
+            projection = projection_of(self.model, name) if is_for_attention(options) else None
+            unit = registry.LinearUnit(name=name, weight=weight, projection=projection)
             packed = registry.get(options.method).compress(unit, stats, options)
             packed.validate(name)
             errors = relative_errors(unit.weight, packed.unpack(), stats)
@@ -322,42 +334,28 @@ class Run:
     def block_by_block(self, stack: dict[str, nn.Module]) -> None:
         """Compress the targets of each block, in order, on the outputs of the compressed blocks before it."""
         device = next(iter(self.model.parameters())).device
-        batches = [batch.to(device) for batch in self.batches]
-        modules = list(stack.values())
-        inputs = capture.first_block_inputs(self.model, modules, batches)
-        hidden = [states for states, _ in inputs]
-        first_calls = [call for _, call in inputs]
-        calls: list[list[capture.BlockCall]] | None = None
-
-        def all_calls(block: nn.Module) -> list[list[capture.BlockCall]]:
-            # the first block's outputs tell what blocks return, which the recording pass must mimic
-            wraps = capture.output_wrappers(block, hidden, first_calls)
-            pairs = zip(batches, wraps, strict=True)
-            return [capture.block_calls(self.model, modules, batch, wrap) for batch, wrap in pairs]
-
-        def similarity() -> dict[str, float]:
-            nonlocal calls
-            if calls is None:
-                with contextlib.closing(self._dense_blocks(stack)) as dense:
-                    calls = all_calls(next(dense))
-            with contextlib.closing(self._dense_blocks(stack)) as dense:
-                sums = [self.team.total(part) for part in cosine_sums(dense, hidden, calls)]
-            return {prefix: float(total / count) for prefix, (total, count) in zip(stack, sums, strict=True)}
-
-        plan_stack(self, stack, similarity)
+        measures = StackMeasures(self, stack, [batch.to(device) for batch in self.batches])
+        plan_stack(self, stack, measures)
+        inside = [n for n in self.targets.methods if any(n.startswith(f"{prefix}.") for prefix in stack)]
+        wanted = {stream for name in inside for stream in self.targets.methods[name].streams}
+        # hidden states before the next block, in the model compressed so far and in the dense one
+        states: dict[str, list[Tensor]] = {
+            stream: measures.hidden for stream in ("compressed", "dense") if stream in wanted
+        }
         for i, (prefix, block) in enumerate(stack.items()):
             names = self.leave_dense([name for name in self.targets.methods if name.startswith(f"{prefix}.")])
-            done = self.restored(names)
+            done = "dense" not in states and self.restored(names)
             if not done:
                 self.materialize(names)
-            if calls is None:
-                calls = all_calls(block)
-            own = [call[i] for call in calls]
-            if not done:
-                self._compress_block(block, names, hidden, own)
-            hidden = [capture.hidden_of(output) for output in capture.run_block(block, hidden, own)]
+            own = [call[i] for call in measures.calls(block)]
+            reference = self._observe_dense(block, names, states, own)
+            if not (done or self.restored(names)):
+                self._compress_block(block, names, states.get("compressed", []), own, reference)
+            if "compressed" in states:
+                outputs = capture.run_block(block, states["compressed"], own)
+                states["compressed"] = [capture.hidden_of(output) for output in outputs]
 
-    def _dense_blocks(self, stack: dict[str, nn.Module]) -> Generator[nn.Module, None, None]:
+    def dense_blocks(self, stack: Mapping[str, nn.Module]) -> Generator[nn.Module, None, None]:
         """Yield the blocks of a stack with their dense weights, which go again before the next block's are read."""
         for prefix, block in stack.items():
             names = [name for name in self.targets.methods if name.startswith(f"{prefix}.")]
@@ -369,16 +367,49 @@ class Run:
                     layer: Any = self.model.get_submodule(name)
                     layer.weight = nn.Parameter(layer.weight.new_zeros(1), requires_grad=False)
 
+    def _observe_dense(
+        self, block: nn.Module, names: list[str], states: dict[str, list[Tensor]], calls: list[capture.BlockCall]
+    ) -> Reference:
+        """Run a block with its dense weights on what the dense blocks before it produce, and move those states on.
+
+        Returns:
+            By name the statistics of layers that ask for them, and the inputs of those that will compare them.
+        """
+        if "dense" not in states:
+            return Reference()
+        layers = {name: self.model.get_submodule(name) for name in self._asking(names, "dense")}
+        kept = {name: layers[name] for name in self._asking(names, "cross")}
+        sizes = [len(hidden) for hidden in states["dense"]]
+        with capture.collect_stats(layers, sizes) as stats, capture.collect_inputs(kept) as inputs:
+            outputs = capture.run_block(block, states["dense"], calls)
+            states["dense"] = [capture.hidden_of(output) for output in outputs]
+        self.team.add_up(stats.values())
+        return Reference(stats, inputs)
+
+    def _asking(self, names: list[str], stream: str) -> list[str]:
+        """Return the layers whose method asks for a stream of inputs."""
+        methods = self.targets.methods
+        return [name for name in names if methods[name].needs != "none" and stream in methods[name].streams]
+
     def _compress_block(
-        self, block: nn.Module, names: list[str], hidden: list[Tensor], calls: list[capture.BlockCall]
+        self,
+        block: nn.Module,
+        names: list[str],
+        hidden: list[Tensor],
+        calls: list[capture.BlockCall],
+        reference: Reference,
     ) -> None:
-        needy = [name for name in names if self.targets.methods[name].needs != "none"]
-        layers = {name: self.model.get_submodule(name) for name in needy}
+        layers = {name: self.model.get_submodule(name) for name in self._asking(names, "compressed")}
         experts = {name: layer for name, layer in layers.items() if fused_name(name)}
         others = {name: layer for name, layer in layers.items() if name not in experts}
+        crossed = {name: layers[name] for name in reference.inputs}
         sizes = [len(states) for states in hidden]
-        with capture.collect_stats(others, sizes) as stats, capture.collect_stats(experts) as of_experts:
-            if needy:
+        with (
+            capture.collect_stats(others, sizes) as stats,
+            capture.collect_stats(experts) as of_experts,
+            capture.collect_cross(crossed, reference.inputs) as cross,
+        ):
+            if layers:
                 for _ in capture.run_block(block, hidden, calls):
                     pass
         # a layer that no token reached gets empty statistics, which raise, naming it, when a method asks for them
@@ -394,7 +425,12 @@ class Run:
                 len(idle),
                 ", ".join(idle[:10]) + (", ..." if len(idle) > 10 else ""),
             )
-        self.compress_layers(names, {name: one for name, one in found.items() if name not in idle})
+        ready: dict[str, LinearStats | PairedStats] = {name: s for name, s in found.items() if name not in idle}
+        for name in names:
+            if name in reference.stats or is_for_attention(self.targets.methods[name]):
+                product = self.team.total(cross[name]) if name in cross else None
+                ready[name] = PairedStats(reference.stats.get(name), found.get(name), product)
+        self.compress_layers(names, ready)
 
 
 def keep_memory_in_pieces() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lowbit.calibration.stats import LinearStats
+from hf_lowbit.calibration.stats import LinearStats, PairedStats
 from hf_lowbit.config import CalibratedConfig, CalibrationRecord, LowBitConfig
 from hf_lowbit.recipe import LowBitRecipe
 
@@ -41,7 +41,9 @@ class RunReport:
         )
 
 
-def relative_errors(weight: Tensor, approximation: Tensor, stats: LinearStats | None) -> dict[str, float | None]:
+def relative_errors(
+    weight: Tensor, approximation: Tensor, stats: LinearStats | PairedStats | None
+) -> dict[str, float | None]:
     """Squared relative errors of a layer.
 
     Args:

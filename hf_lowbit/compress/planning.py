@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_lowbit import registry
 from hf_lowbit.calibration import capture
+from hf_lowbit.compress.projections import projection_of
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.layers import features
@@ -24,34 +25,40 @@ from hf_lowbit.recipe import LowBitRecipe, rules_of
 
 if TYPE_CHECKING:
     from hf_lowbit.compress.engine import Run
+    from hf_lowbit.compress.measures import StackMeasures
 
 Plan = dict[str, dict[str, Any]]
 
 
-def plan_stack(run: Run, stack: Mapping[str, nn.Module], similarity: Callable[[], dict[str, float]]) -> None:
+def plan_stack(run: Run, stack: Mapping[str, nn.Module], measures: StackMeasures) -> None:
     """Let the methods of a run decide on the blocks of a stack, and put what they decide into the run's configs.
 
     Args:
         run: whose ``config`` and ``targets`` change.
         stack: blocks by name, none of them compressed in this run; a journal may hold some.
-        similarity: measures the dense blocks, see :func:`cosine_sums`; called once if any rule asks.
+        measures: looks at the dense blocks; their similarity is measured once if any rule asks.
 
     Raises:
         ValueError: a method refuses its options.
         CheckpointError: the journal's plan does not fit the run.
     """
-    first, similarity = next(iter(stack)), functools.cache(similarity)
+    first, similarity = next(iter(stack)), functools.cache(measures.similarity)
     recorded = None if run.journal is None else run.journal.plans.get(first)
     plan: Plan = recorded or {}
     for pattern, rule in rules_of(run.config):
-        decide = registry.get(rule.method).plan
+        method = registry.get(rule.method)
         units = block_units(run, stack, rule)
-        if decide is None or not units:
+        if not units or (method.plan is None and method.allocate is None):
             continue
-        if recorded is None:
-            plan[pattern] = decide(units, rule, similarity)
-        elif pattern not in recorded or not set(recorded[pattern]) <= set(stack):
-            raise CheckpointError(f"the journal's plan of {first} does not fit this run")
+        projections = projection_units(run, stack, rule) if method.allocate is not None else []
+        if recorded is not None:
+            known = {*stack, *(projection.name for projection in projections)}
+            if pattern not in recorded or not set(recorded[pattern]) <= known:
+                raise CheckpointError(f"the journal's plan of {first} does not fit this run")
+        elif method.allocate is not None:
+            plan[pattern] = method.allocate(projections, rule, measures)
+        elif method.plan is not None:
+            plan[pattern] = method.plan(units, rule, similarity)
         if plan[pattern]:
             _adopt(run, pattern, plan[pattern], recorded is not None)
     if recorded is None and plan and run.journal is not None and run.team.leads:
@@ -68,6 +75,14 @@ def block_units(run: Run, stack: Mapping[str, nn.Module], rule: LowBitConfig) ->
             weights = sum(rows * columns for rows, columns in sizes)
             found.append(registry.BlockUnit(prefix, weights, tuple(sizes)))
     return found
+
+
+def projection_units(run: Run, stack: Mapping[str, nn.Module], rule: LowBitConfig) -> list[registry.Projection]:
+    """Return the key and value projections that a rule compresses in a stack, in order."""
+    names = [name for name, own in run.targets.methods.items() if own is rule]
+    inside = [name for name in names if any(name.startswith(f"{prefix}.") for prefix in stack)]
+    found = [projection_of(run.model, name) for name in inside]
+    return [projection for projection in found if projection is not None]
 
 
 def _adopt(run: Run, pattern: str, numbers: dict[str, Any], recorded: bool) -> None:

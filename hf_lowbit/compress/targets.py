@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_lowbit.calibration import capture
+from hf_lowbit.compress.projections import NOT_CACHED, check_projections, rule_for
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import UnsupportedModelError
 from hf_lowbit.experts import expert_names, fused_parameters, is_supported
@@ -44,10 +45,11 @@ def plan_run(model: nn.Module, config: LowBitConfig, calibrated: bool) -> tuple[
         ValueError: a skip pattern or a rule matches no module.
     """
     targets = select(model, config, None)
-    if not calibrated:
-        return [], targets
-    stacks = capture.find_stacks(model)
-    return stacks, select(model, config, [name for stack in stacks for name in stack])
+    stacks = capture.find_stacks(model) if calibrated else []
+    if calibrated:
+        targets = select(model, config, [name for stack in stacks for name in stack])
+    check_projections(model, config, targets.methods, len(stacks))
+    return stacks, targets
 
 
 def default_skips(model: nn.Module) -> dict[str, str]:
@@ -86,7 +88,7 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
     roots = capture.text_roots(model) if capture.other_towers(model) else [""]
     for name, reason in _units(model):
         pattern = next((p for p in config.skip if matches(p, name)), None)
-        rule = next((rule for p, rule in rules_of(config) if matches(p, name)), None)
+        rule, passed = rule_for(model, config, name)
         if name in skips:
             dense[name] = skips[name]
         elif reason == ROUTER:
@@ -96,7 +98,7 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
         elif any(part in fp32 for part in name.split(".")):
             dense[name] = FP32
         elif rule is None:
-            dense[name] = "no rule of the recipe matches"
+            dense[name] = NOT_CACHED if passed else "no rule of the recipe matches"
         elif not any(root == "" or name.startswith(f"{root}.") for root in roots):
             dense[name] = NOT_TEXT
         elif reason:
@@ -106,6 +108,8 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
         else:
             methods[name] = rule
     _refuse_idle_patterns(model, config, [*methods, *dense])
+    if not methods and NOT_CACHED in dense.values():
+        return Targets({}, dense, unwanted)  # check_projections says what is missing
     if not methods:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:5])
         raise UnsupportedModelError(f"nothing to compress in {type(model).__name__} ({listed or 'no linear layers'})")

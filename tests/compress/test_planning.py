@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import hf_lowbit
 from hf_lowbit import CheckpointError, LowBitRecipe, PBS2PConfig, RunOptions, packed_modules
-from hf_lowbit.compress import engine
+from hf_lowbit.compress import measures
 from hf_lowbit.compress.engine import Run
 from hf_lowbit.compress.journal import LINES
 from hf_lowbit.hf.save import save_model
@@ -85,14 +85,14 @@ def test_cosines_are_those_of_inputs_and_outputs(dense, monkeypatch):
         block.register_forward_hook(watch)
     logits(model)
     found = []
-    sums = engine.cosine_sums
+    sums = measures.cosine_sums
 
     def recorded(*arguments):
         for part in sums(*arguments):
             found.append(float(part[0] / part[1]))
             yield part
 
-    monkeypatch.setattr(engine, "cosine_sums", recorded)
+    monkeypatch.setattr(measures, "cosine_sums", recorded)
     compress(dense)
     assert found == pytest.approx(expected, rel=1e-5)
 

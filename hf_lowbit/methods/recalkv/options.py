@@ -72,6 +72,9 @@ class ReCalKVConfig(CalibratedConfig):
     )
     latent_bits: int = option(16, "bits of a cached number; 16: as the model computes", choices=(16, 8, 4, 3))
     rotation: bool = option(True, "spread latents of fewer than 16 bits over their coordinates, at no cost later")
+    recent_window: int = option(
+        0, "newest tokens whose latents are kept as computed when latent_bits is below 16", low=0, high=2**16
+    )
     factor_dtype: str = option(
         "auto", "dtype of the stored factors; auto: that of the dense weight", choices=("auto", *FACTOR_DTYPES)
     )
@@ -97,11 +100,12 @@ class ReCalKVConfig(CalibratedConfig):
 
     @property
     def streams(self) -> frozenset[str]:
-        """Which model's inputs are asked for: that of the dense one, of the compressed one so far, or both."""
+        """Whose inputs are asked for, see :attr:`LowBitConfig.streams`."""
+        if self.ocmf == "cross":
+            return frozenset({"dense", "compressed", "cross"})
         if self.ocmf == "off":
             return frozenset({"dense"})
-        both = {"dense", "compressed"} if self.ocmf == "cross" or self.ocmf_for == "values" else {"compressed"}
-        return frozenset(both)
+        return frozenset({"compressed"} if self.ocmf_for == "both" else {"dense", "compressed"})
 
     def fit_of(self, part: str) -> str:
         """Return how a projection is calibrated: "off", "sequential" or "cross"."""

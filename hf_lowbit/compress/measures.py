@@ -1,0 +1,204 @@
+"""What methods may ask of the dense blocks of a stack before the first of them is compressed.
+
+Each question is a pass over the calibration data that reads a block when its turn comes and lets go of it, like the
+run itself, so memory holds one dense block and its activations whatever the depth. Gradients take two passes, one
+forward that keeps the input of every block and one backward that runs each block again: the backward pass of the whole
+model, exactly, one block at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from hf_lowbit.calibration import capture
+from hf_lowbit.calibration.stats import LinearStats
+from hf_lowbit.compress.planning import cosine_sums
+from hf_lowbit.errors import CalibrationError, UnsupportedModelError
+from hf_lowbit.layers import dense_weight
+
+if TYPE_CHECKING:
+    from hf_lowbit.compress.engine import Run
+
+Calls = list[list[capture.BlockCall]]
+
+
+class StackMeasures:
+    """Looks at the dense blocks of one stack.
+
+    Attributes:
+        hidden: hidden states of each calibration batch before the first block.
+    """
+
+    def __init__(self, run: Run, stack: Mapping[str, nn.Module], batches: list[Tensor]) -> None:
+        """Run the model up to its first block.
+
+        Args:
+            run: whose model and team it is.
+            stack: blocks by name.
+            batches: token ids, (sequences, length) each.
+        """
+        self._run, self._stack, self._batches = run, stack, batches
+        inputs = capture.first_block_inputs(run.model, list(stack.values()), batches)
+        self.hidden = [states for states, _ in inputs]
+        self._first_calls = [call for _, call in inputs]
+        self._calls: Calls | None = None
+
+    def calls(self, first: nn.Module | None = None) -> Calls:
+        """Return for each batch the other arguments of every block.
+
+        Args:
+            first: the first block with some weights, to learn what blocks return; by default its dense ones are read.
+        """
+        if self._calls is None and first is None:
+            with contextlib.closing(self._run.dense_blocks(self._stack)) as dense:
+                first = next(dense)
+                self._calls = self._calls_of(first, self._batches, self.hidden, self._first_calls)
+        elif self._calls is None and first is not None:
+            self._calls = self._calls_of(first, self._batches, self.hidden, self._first_calls)
+        return self._calls or []
+
+    def _calls_of(
+        self, first: nn.Module, batches: list[Tensor], hidden: list[Tensor], first_calls: list[capture.BlockCall]
+    ) -> Calls:
+        # the first block's outputs tell what blocks return, which the recording pass must mimic
+        wraps = capture.output_wrappers(first, hidden, first_calls)
+        blocks = list(self._stack.values())
+        pairs = zip(batches, wraps, strict=True)
+        return [capture.block_calls(self._run.model, blocks, batch, wrap) for batch, wrap in pairs]
+
+    def similarity(self) -> dict[str, float]:
+        """Return by name of each block the mean cosine of its input and output, over all tokens."""
+        calls = self.calls()
+        with contextlib.closing(self._run.dense_blocks(self._stack)) as dense:
+            sums = [self._run.team.total(part) for part in cosine_sums(dense, self.hidden, calls)]
+        return {prefix: float(total / count) for prefix, (total, count) in zip(self._stack, sums, strict=True)}
+
+    def dense_inputs(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor, LinearStats]]:
+        """Yield name, weight and inputs of layers of the dense model, block by block.
+
+        Args:
+            names: of linear layers inside the blocks.
+        """
+        hidden, calls = self.hidden, self.calls()
+        sizes = [len(states) for states in hidden]
+        with contextlib.closing(self._run.dense_blocks(self._stack)) as dense:
+            for i, (prefix, block) in enumerate(zip(self._stack, dense, strict=True)):
+                own = {name: self._run.model.get_submodule(name) for name in names if name.startswith(f"{prefix}.")}
+                with capture.collect_stats(own, sizes) as stats:
+                    outputs = capture.run_block(block, hidden, [call[i] for call in calls])
+                    hidden = [capture.hidden_of(output) for output in outputs]
+                self._run.team.add_up(stats.values())
+                for name, module in own.items():
+                    yield name, dense_weight(module), stats[name]
+
+    def fisher(self, names: Sequence[str], samples: int, length: int) -> dict[str, float]:
+        """Return how much the model's loss depends on layers of the dense model.
+
+        Args:
+            names: of linear layers inside the blocks.
+            samples: calibration sequences that are looked at, one after the other; of several processes, all together.
+            length: tokens of each.
+
+        Returns:
+            By name the mean, over the entries of the weight, of ``sqrt(mean over sequences of (∂ loss / ∂ entry)²)``;
+            the loss is that of predicting the next token.
+
+        Raises:
+            UnsupportedModelError: the model has no output over its vocabulary.
+            CalibrationError: a gradient is not finite; the layer is named.
+
+        Source: Palu (arXiv 2407.21118), Fisher information of a projection; ReCalKV (arXiv 2505.24357) uses it too.
+        """
+        batches = [row[None, :length] for batch in self._batches for row in batch]
+        team = self._run.team
+        batches = batches[: -(-samples // team.size)]
+        inputs = capture.first_block_inputs(self._run.model, list(self._stack.values()), batches)
+        kept = [[states for states, _ in inputs]]
+        calls: Calls = []
+        wraps: list[capture.Wrap] = []
+        with contextlib.closing(self._run.dense_blocks(self._stack)) as dense:
+            for i, block in enumerate(dense):
+                calls = calls or self._calls_of(block, batches, kept[0], [call for _, call in inputs])
+                outputs = list(capture.run_block(block, kept[-1], [call[i] for call in calls]))
+                wraps = [capture.output_wrapper(output) for output in outputs]
+                kept.append([capture.hidden_of(output) for output in outputs])
+        grads = [self._top_gradient(*one) for one in zip(batches, kept.pop(), wraps, strict=True)]
+        count = float(team.total(torch.tensor(float(len(batches)))))
+        found: dict[str, float] = {}
+        backwards = dict(reversed(list(self._stack.items())))
+        with contextlib.closing(self._run.dense_blocks(backwards)) as dense:
+            for prefix, block in zip(backwards, dense, strict=True):
+                own = {name: self._run.model.get_submodule(name) for name in names if name.startswith(f"{prefix}.")}
+                squares, grads = _backward(block, own, kept.pop(), grads, [call[len(kept)] for call in calls])
+                for name, square in squares.items():
+                    found[name] = float((team.total(square) / count).sqrt().mean())
+                    if not math.isfinite(found[name]):
+                        raise CalibrationError(f"{name}: its gradient is not finite")
+        return {name: found[name] for name in names}
+
+    def _top_gradient(self, batch: Tensor, states: Tensor, wrap: capture.Wrap) -> Tensor:
+        """Return the gradient of the loss of one sequence with respect to the last block's output."""
+        blocks = list(self._stack.values())
+        leaf = states.detach().requires_grad_(True)
+
+        def pass_on(i: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                return wrap(leaf)
+
+            return forward
+
+        with torch.enable_grad(), capture.replaced_forward(blocks, pass_on):
+            output = self._run.model(**capture.text_inputs(self._run.model, batch))
+            logits = getattr(output, "logits", None)
+            if logits is None or logits.dim() != 3:
+                raise UnsupportedModelError("gradients need a model that predicts tokens; load it with its head")
+            loss = cross_entropy(logits[0, :-1].float(), batch[0, 1:].to(logits.device))
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return gradient
+
+
+def _backward(
+    block: nn.Module,
+    layers: Mapping[str, nn.Module],
+    hidden: list[Tensor],
+    grads: list[Tensor],
+    calls: list[capture.BlockCall],
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Run a block again, backwards.
+
+    Args:
+        block: with its dense weights.
+        layers: whose weights' gradients are wanted.
+        hidden: its input for each sequence.
+        grads: gradient of each sequence's loss with respect to its output.
+        calls: its other arguments.
+
+    Returns:
+        For each layer Σ gradient² over the sequences, float64, and the gradients with respect to its inputs.
+    """
+    weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
+    before = {name: weight.requires_grad for name, weight in weights.items()}
+    squares = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
+    below = []
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        for states, grad, call in zip(hidden, grads, calls, strict=True):
+            leaf = states.detach().requires_grad_(True)
+            with torch.enable_grad():
+                output = capture.hidden_of(call(block, leaf))
+                found = torch.autograd.grad(output, [leaf, *weights.values()], grad.to(output.device))
+            below.append(found[0])
+            for square, gradient in zip(squares.values(), found[1:], strict=True):
+                square += gradient.cpu().double().square()
+    finally:
+        for name, weight in weights.items():
+            weight.requires_grad_(before[name])
+    return squares, below
