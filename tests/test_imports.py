@@ -22,6 +22,7 @@ RANKS = {
     "config": 3,
     "layers": 3,
     "experts": 3,
+    "fused_qkv": 3,
     "methods": 4,
     "calibration": 4,
     "compress": 5,

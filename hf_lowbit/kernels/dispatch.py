@@ -106,6 +106,11 @@ def forced(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced_name() -> str | None:
+    """Return the name that :func:`forced` asks for; ops with a table of their own look it up there."""
+    return _forced
+
+
 def choose(dtype: torch.dtype, device: str, parts: Parts, sizes: Sizes) -> Kernel:
     """Return the kernel for a case.
 

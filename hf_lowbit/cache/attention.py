@@ -1,0 +1,305 @@
+"""Attention over latents: the forward pass that takes the place of a model's own, and one step of decoding.
+
+An attention module stays the object that it is; its class becomes one derived from its own (so that whoever asks
+``isinstance`` is answered as before) whose forward pass stores ``D x`` in the cache and rebuilds what it needs:
+
+* several tokens at once (a prompt, a draft to be checked, training): keys and values are rebuilt and handed to the
+  attention function that the user chose, with the mask that transformers made for it;
+* one token: :func:`decode`, one op on what the cache stores. Values are summed as latents and expanded once, keys are
+  rebuilt by the op, which a kernel does on the way.
+
+Source: ReCalKV (arXiv 2505.24357), Palu (arXiv 2407.21118) for caching keys before rotation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_lowbit.cache.layers import LatentLayer, Layout, check_codes, claim
+from hf_lowbit.cache.projection import LatentProjection, is_latent
+from hf_lowbit.kernels import latent_attention
+
+# With another implementation than these a single token, too, goes through the function that was asked for.
+_DECODED = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """What an attention module consists of besides its two projections; found by :mod:`hf_lowbit.cache.adapters`.
+
+    Attributes:
+        name: of the module.
+        output: name of the output projection.
+        heads: number of query heads.
+        kv_heads: number of key heads.
+        rotary: module that holds the frequencies of the rotary embeddings, None without them.
+        prefix: of the names of its buffers, where it has one set for each kind of layer.
+        norm_shift: what the weight of the key norm lacks to the factor that it stands for (1 for Gemma).
+        eager: the model's own attention function for the implementation "eager".
+    """
+
+    name: str
+    output: str
+    heads: int
+    kv_heads: int
+    rotary: Any
+    prefix: str
+    norm_shift: float
+    eager: Callable[..., Any]
+
+    def frequencies(self, device: torch.device) -> tuple[Tensor, float]:
+        """Return frequencies and scale of the rotary embeddings as they are now; models for long texts change them."""
+        frequencies: Tensor = getattr(self.rotary, f"{self.prefix}inv_freq")
+        return frequencies.to(device), float(getattr(self.rotary, f"{self.prefix}attention_scaling"))
+
+
+class LatentAttention:
+    """First base of every converted class; the second is the model's own."""
+
+    latent_structure: Structure
+    latent_bits: int
+    recent_window: int
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; arguments and results are those of the class that was converted."""
+        own: Any = self
+        structure = self.latent_structure
+        self._check_call(kwargs)
+        query = own.q_proj(hidden_states).unflatten(-1, (structure.heads, -1)).transpose(1, 2)
+        if hasattr(own, "q_norm"):
+            query = own.q_norm(query)
+        if structure.rotary is not None and position_embeddings is not None:
+            query = latent_attention.rotate(query, *position_embeddings)
+        keys, values = own.k_proj(hidden_states, "latent"), own.v_proj(hidden_states, "latent")
+
+        layer = None
+        if past_key_values is not None:
+            layer = claim(past_key_values, own.layer_idx, self._layout(hidden_states))
+            keys, values = past_key_values.update(keys, values, own.layer_idx, position_ids=kwargs.get("position_ids"))
+        weights = None
+        if layer is not None and self._can_decode(query, attention_mask):
+            out = decode(self, query, layer, keys, values, attention_mask).unsqueeze(1)
+        else:
+            out, weights = self._attend(query, keys, values, layer, position_embeddings, attention_mask, kwargs)
+        out = own.get_submodule(structure.output)(out.flatten(2))
+        return out, weights
+
+    def _check_call(self, kwargs: dict[str, Any]) -> None:
+        own: Any = self
+        if kwargs.get("cache") is not None:
+            raise NotImplementedError(
+                f"{self.latent_structure.name}: continuous batching keeps dense keys and values in pages and would "
+                "leave the cache as large as it was; use generate() without it"
+            )
+        for name in ("k_proj", "v_proj"):
+            projection = getattr(own, name)
+            if not isinstance(projection, LatentProjection):
+                raise TypeError(
+                    f"{self.latent_structure.name}.{name} is a {type(projection).__name__} and gives no latents; "
+                    "adapters and other replacements may take q_proj and the output projection, not keys and values"
+                )
+
+    def _layout(self, like: Tensor) -> Layout:
+        """Return what a cache keeps for this module; made once, when the weights are there."""
+        own: Any = self
+        layout: Layout | None = own.__dict__.get("_latent_layout")
+        if layout is None:
+            layout = Layout(
+                name=self.latent_structure.name,
+                key_ranks=own.k_proj.spec.ranks,
+                value_ranks=own.v_proj.spec.ranks,
+                stamp=own.k_proj(like, "stamp") + own.v_proj(like, "stamp"),
+                rotary=self.latent_structure.rotary is not None,
+                bits=self.latent_bits,
+                recent=self.recent_window,
+            )
+            own._latent_layout = layout
+        return layout
+
+    def _attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        layer: LatentLayer | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        attention_mask: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rebuild keys and values and call the attention function that the user chose."""
+        own: Any = self
+        structure = self.latent_structure
+        if layer is not None:
+            keys, values = layer.latents(keys, values)
+        key, value = own.k_proj(keys, "heads"), own.v_proj(values, "heads")
+        if hasattr(own, "k_norm"):
+            key = own.k_norm(key)
+        if structure.rotary is not None and position_embeddings is not None:
+            turn = position_embeddings
+            if layer is not None and key.shape[2] != query.shape[2]:
+                turn = latent_attention.rotation(layer.visible_positions, *structure.frequencies(key.device))
+            key = latent_attention.rotate(key, *(part.to(key.dtype) for part in turn))
+        window = own.sliding_window if hasattr(own, "sliding_window") else getattr(own.config, "sliding_window", None)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, structure.eager)
+        dropout = getattr(own, "attention_dropout", getattr(own, "dropout", 0.0))
+        arguments = {**kwargs, "dropout": dropout if own.training else 0.0, "scaling": own.scaling}
+        if window is not None:
+            arguments["sliding_window"] = window
+        out, weights = attend(own, query, key, value, attention_mask, **arguments)
+        return out, weights
+
+    def _can_decode(self, query: Tensor, mask: Any) -> bool:
+        own: Any = self
+        return (
+            query.shape[2] == 1
+            and own.config._attn_implementation in _DECODED
+            and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4))
+            and not own.training
+            and not (torch.is_grad_enabled() and query.requires_grad)
+            and not own.k_proj.weight_up.is_meta  # offloaded by accelerate: there only within the module's own call
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by the model's own class, since the derived one has no name that could be imported."""
+        own: Any = self
+        return _rebuild, (type(own).__mro__[2],), own.__dict__
+
+
+def _rebuild(base: Any) -> Any:
+    derived: Any = latent_class(base)
+    return derived.__new__(derived)
+
+
+@functools.cache
+def latent_class(base: Any) -> Any:
+    """Return the class with latent attention that is derived from a model's attention class."""
+    return type(f"Latent{base.__name__}", (LatentAttention, base), {"__module__": base.__module__})
+
+
+def convert_attention(
+    attention: Any, structure: Structure, *, latent_bits: int | None = None, recent_window: int = 0
+) -> None:
+    """Make an attention module work on latents, in place; works on ``meta``.
+
+    Args:
+        attention: with packed layers of format ``latent`` as ``k_proj`` and ``v_proj``.
+        structure: as found by :func:`hf_lowbit.cache.adapters.structure_of`.
+        latent_bits: 8, 4 or 3: how caches that have no options of their own keep latents; None as they are.
+        recent_window: how many of the latest tokens they keep in full beside their codes.
+
+    Raises:
+        ValueError: a projection is not of that format, its heads are not those of the module, or an option is out of
+            range.
+    """
+    check_codes(latent_bits, recent_window)
+    for name in ("k_proj", "v_proj"):
+        projection = getattr(attention, name)
+        if not is_latent(projection):
+            raise ValueError(f"{structure.name}.{name} is no packed layer of format 'latent'")
+        spec = projection.spec
+        if (spec.num_heads, spec.head_dim) != (structure.kv_heads, attention.head_dim):
+            raise ValueError(
+                f"{structure.name}.{name} has {spec.num_heads} heads of {spec.head_dim}, the model "
+                f"{structure.kv_heads} of {attention.head_dim}"
+            )
+        LatentProjection.of(projection)
+    if not isinstance(attention, LatentAttention):
+        stock: Any = type(attention)
+        attention.__class__ = latent_class(stock)
+    attention.latent_structure = structure
+    attention.latent_bits, attention.recent_window = latent_bits or 0, recent_window
+    attention.__dict__.pop("_latent_layout", None)
+
+
+# One token ---------------------------------------------------------------------------------------------------------
+
+
+def decode(attention: Any, query: Tensor, layer: LatentLayer, keys: Tensor, values: Tensor, mask: Any) -> Tensor:
+    """Attend from one new token per row to what a cache layer stores.
+
+    Args:
+        attention: the converted module.
+        query: (batch, heads, 1, head_dim), normed and rotated.
+        layer: that ``keys`` and ``values`` come from.
+        keys: (batch, 1, tokens, width), as the layer stores them: latents or rows of bytes.
+        values: likewise.
+        mask: (1 or batch, 1 or heads, 1, tokens or more), boolean or added to the scores; None shows everything.
+
+    Returns:
+        (batch, heads, head_dim), dtype of ``query``.
+    """
+    tokens = keys.shape[2]
+    visible = None if mask is None else mask[:, :, 0, :tokens]
+    stored, bits = (keys, values), layer.layout.bits
+    recent = layer.recent(tokens) if bits else None
+    if recent is None:
+        return _step(attention, query, layer, stored, bits, slice(None), visible)[0]
+    older = tokens - recent[0].shape[2]
+    parts = [_step(attention, query, layer, recent, 0, slice(older, None), visible)]
+    if older:
+        stored = keys[:, :, :older], values[:, :, :older]
+        parts.append(_step(attention, query, layer, stored, bits, slice(0, older), visible))
+    return latent_attention.merge(parts)
+
+
+def _step(
+    attention: Any,
+    query: Tensor,
+    layer: LatentLayer,
+    stored: tuple[Tensor, Tensor],
+    bits: int,
+    place: slice,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Call the op on one stretch of a cache; ``place`` says where it lies among the visible tokens."""
+    structure: Structure = attention.latent_structure
+    projections = attention.k_proj, attention.v_proj
+    norm, eps = None, 0.0
+    if hasattr(attention, "k_norm"):
+        weight = attention.k_norm.weight
+        norm, eps = (
+            weight.float() + structure.norm_shift if structure.norm_shift else weight,
+            norm_eps(attention.k_norm),
+        )
+    positions, frequencies, rope_scale = None, None, 1.0
+    if structure.rotary is not None and layer.visible_positions is not None:
+        positions = layer.visible_positions[:, place]
+        frequencies, rope_scale = structure.frequencies(query.device)
+    specs = [projection.spec for projection in projections]
+    out: tuple[Tensor, Tensor] = torch.ops.hf_lowbit.latent_decode(
+        query[:, :, 0],
+        stored[0][:, 0],
+        stored[1][:, 0],
+        *(projection.weight_up for projection in projections),
+        *(projection.bias for projection in projections),
+        norm,
+        positions,
+        frequencies,
+        None if mask is None else mask[:, :, place],
+        *(list(part) for spec in specs for part in (spec.group_of_head, spec.ranks)),
+        attention.scaling,
+        rope_scale,
+        eps,
+        bits,
+    )
+    return out
+
+
+def norm_eps(norm: nn.Module) -> float:
+    """Return the number that keeps a norm from dividing by zero; models call it by two names."""
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return float(eps)  # type: ignore[arg-type]

@@ -1,0 +1,89 @@
+"""A cache for models with latent attention, with options of its own, and the count of bytes that any cache holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+from hf_lowbit.cache.layers import LatentLayer, check_codes
+
+
+class ReCalKVCache(Cache):
+    """Keeps latents in place of keys and values.
+
+    Not needed for that alone: ``generate`` and ``forward`` of a converted model turn the cache that they make
+    themselves into one of latents. This class is for a choice that differs from the model's own: codes of other bits,
+    another window of recent tokens, static memory, offloading.
+
+    Args:
+        config: of the model, for kinds and number of its layers.
+        latent_bits: 8, 4 or 3 keeps latents in codes; None as they are.
+        recent_window: how many of the latest tokens are kept in full beside their codes.
+        max_cache_len: room for so many tokens, allocated at once, so that decoding can be compiled; None grows.
+        offloading: keep layers in the memory of the CPU while others run; needs an accelerator.
+        offload_only_non_sliding: leave layers with a sliding window, which are small, where they are.
+
+    Raises:
+        ValueError: an option is out of range, or two of them exclude each other.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        latent_bits: int | None = None,
+        recent_window: int = 0,
+        max_cache_len: int | None = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = True,
+    ) -> None:
+        check_codes(latent_bits, recent_window)
+        if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
+            raise ValueError(f"max_cache_len must be None or an integer from 1, got {max_cache_len!r}")
+        if recent_window and max_cache_len is not None:
+            raise ValueError(f"recent_window={recent_window} needs a growing cache; leave max_cache_len out")
+        if max_cache_len is None:
+            stock: Cache = DynamicCache(config=config)
+        else:
+            stock = StaticCache(config=config, max_cache_len=max_cache_len)
+        super().__init__(layers=stock.layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        self.latent_options = {"bits": latent_bits or 0, "recent": recent_window}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that the cache holds."""
+        return cache_bytes(self)["total"]
+
+    def memory_footprint(self) -> dict[str, int]:
+        """Return the bytes held by what they are, see :func:`cache_bytes`."""
+        return cache_bytes(self)
+
+
+def cache_bytes(cache: Cache) -> dict[str, int]:
+    """Count the bytes that a cache really holds: the memory behind its tensors, each piece once.
+
+    Args:
+        cache: any, also one that ``generate`` made, and one that holds dense keys and values.
+
+    Returns:
+        Bytes of "latents" or "codes" (scales and zero points are part of the codes), "recent", "positions", "dense"
+        (layers that no latent attention has used) and their "total".
+    """
+    counts = dict.fromkeys(("latents", "codes", "recent", "positions", "dense"), 0)
+    seen: set[int] = set()
+    for layer in cache.layers:
+        held = layer.held() if isinstance(layer, LatentLayer) else {"dense": _dense(layer)}
+        for kind, tensors in held.items():
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                if storage.nbytes() and storage.data_ptr() not in seen:
+                    seen.add(storage.data_ptr())
+                    counts[kind] += storage.nbytes()
+    return {**counts, "total": sum(counts.values())}
+
+
+def _dense(layer: Any) -> list[Tensor]:
+    return [states for states in (getattr(layer, "keys", None), getattr(layer, "values", None)) if states is not None]

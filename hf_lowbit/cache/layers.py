@@ -1,0 +1,413 @@
+"""Cache layers that hold latents, one for each kind that transformers has, and how they come into a cache.
+
+A latent has the shape of a single head, (batch, 1, tokens, width), and no stock layer looks at the meaning of the last
+dimension. So each latent layer *is* the stock layer: growing, windows, static memory, selecting and moving are
+transformers' own. Two things ride along:
+
+* the **position** of every stored token, int32, kept by a second stock layer of the same kind that is driven in step.
+  Keys are cached before rotation, and a slot's number does not tell its position: padding on the left shifts rows,
+  masks may have holes, and callers may pass positions of their own.
+* with codes (8, 4 or 3 bits), rows of bytes take the place of the latents, see :mod:`hf_lowbit.kernels.latent_codec`;
+  the latest tokens may be kept in full beside them.
+
+``generate`` makes its own ``DynamicCache`` or ``StaticCache``. A layer of it is replaced by its latent twin when an
+attention module first uses it (:func:`claim`), so no call has to change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from hf_lowbit.kernels.latent_codec import WORDS, decode_rows, encode_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a layer stores for a token, and for which attention module.
+
+    Attributes:
+        name: of the attention module, for messages.
+        key_ranks: width of the keys' latent, group by group.
+        value_ranks: of the values'.
+        stamp: of the two projections; a layer serves no other ones.
+        rotary: whether positions are kept.
+        bits: of a code, 8, 4 or 3; 0 keeps latents as they are.
+        recent: how many of the latest tokens are kept in full beside their codes.
+    """
+
+    name: str
+    key_ranks: tuple[int, ...]
+    value_ranks: tuple[int, ...]
+    stamp: str
+    rotary: bool
+    bits: int = 0
+    recent: int = 0
+
+
+def check_codes(bits: int | None, recent: int) -> None:
+    """Check options of latents in codes.
+
+    Raises:
+        ValueError: they are out of range, or a window is asked for where all tokens are kept in full anyway.
+    """
+    if bits is not None and bits not in WORDS:
+        raise ValueError(f"latent_bits must be None or one of {', '.join(map(str, sorted(WORDS)))}, got {bits!r}")
+    if type(recent) is not int or recent < 0:
+        raise ValueError(f"recent_window must be an integer from 0, got {recent!r}")
+    if recent and bits is None:
+        raise ValueError(f"recent_window={recent} needs latent_bits: without codes every token is kept in full")
+
+
+class LatentLayer:
+    """What latent layers add to the stock layer that is their second base.
+
+    Attributes:
+        layout: what is stored.
+        visible_positions: (batch, tokens) int32, positions of what the last :meth:`update` returned; None without
+            rotary embeddings.
+    """
+
+    layout: Layout
+    visible_positions: Any
+    _places: Any
+    _recent: tuple[Tensor, Tensor] | None
+    _latent_dtype: torch.dtype | None
+
+    def start(self, layout: Layout, places: Any) -> None:
+        """Say what will be stored; ``places`` is an empty stock layer of the same kind."""
+        self.layout, self._places = layout, places if layout.rotary else None
+        self.visible_positions = self._recent = self._latent_dtype = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store latents of new tokens.
+
+        Args:
+            key_states: (batch, 1, tokens, sum of key ranks).
+            value_states: (batch, 1, tokens, sum of value ranks).
+            args: ignored, as in the stock layers.
+            kwargs: ``position_ids``, (1 or batch, tokens), where positions are kept.
+
+        Returns:
+            Latents, or rows of bytes, of all visible tokens, in the form in which they are stored.
+
+        Raises:
+            ValueError: they do not fit what the layer holds.
+        """
+        self._check(key_states, value_states, kwargs.get("position_ids"))
+        self._latent_dtype = key_states.dtype
+        if self._places is not None:
+            positions = kwargs["position_ids"].to(key_states.device, torch.int32).expand(key_states.shape[0], -1)
+            column = positions[:, None, :, None]
+            self._places.record_past = getattr(self, "record_past", False)
+            self.visible_positions = self._places.update(column, column[..., :0])[0][:, 0, :, 0]
+        layout = self.layout
+        if not layout.bits:
+            return self._store(key_states, value_states)
+        if layout.recent:
+            self._remember(key_states, value_states)
+        return self._store(
+            encode_rows(key_states, layout.key_ranks, layout.bits),
+            encode_rows(value_states, layout.value_ranks, layout.bits),
+        )
+
+    def _store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        stored: tuple[Tensor, Tensor] = super().update(keys, values)  # type: ignore[misc]
+        return stored
+
+    def _check(self, keys: Tensor, values: Tensor, positions: Tensor | None) -> None:
+        layout = self.layout
+        expected = (1, sum(layout.key_ranks)), (1, sum(layout.value_ranks))
+        found = tuple((states.shape[1], states.shape[-1]) for states in (keys, values))
+        if found != expected:
+            raise ValueError(
+                f"{layout.name}: latents of shapes {tuple(keys.shape)} and {tuple(values.shape)} do not fit a cache "
+                f"of widths {expected[0][1]} and {expected[1][1]}"
+            )
+        if self._latent_dtype is not None and keys.dtype != self._latent_dtype:
+            raise ValueError(
+                f"{layout.name}: the cache holds {self._latent_dtype} latents and was given {keys.dtype}; "
+                "a model that changes its dtype needs a new cache"
+            )
+        held = self.batch
+        if held is not None and keys.shape[0] != held:
+            raise ValueError(
+                f"{layout.name}: the cache holds a batch of {held} and was given one of {keys.shape[0]}; "
+                "see batch_repeat_interleave and batch_select_indices of the cache"
+            )
+        if layout.rotary and (positions is None or positions.dim() != 2 or positions.shape[1] != keys.shape[2]):
+            shape = None if positions is None else tuple(positions.shape)
+            raise ValueError(
+                f"{layout.name}: position_ids must be (1 or {keys.shape[0]}, {keys.shape[2]}) for latents that are "
+                f"rotated when they are read, got {shape}"
+            )
+
+    def _remember(self, keys: Tensor, values: Tensor) -> None:
+        fresh = keys, values
+        if self._recent is not None:
+            fresh = (torch.cat([self._recent[0], keys], dim=2), torch.cat([self._recent[1], values], dim=2))
+        most = self._most_recent()
+        self._recent = fresh[0][:, :, -most:].clone(), fresh[1][:, :, -most:].clone()
+
+    def _most_recent(self) -> int:
+        return self.layout.recent
+
+    @property
+    def batch(self) -> int | None:
+        """Batch size of what is stored; None while nothing is."""
+        keys = getattr(self, "keys", None)
+        return None if keys is None or not keys.numel() else keys.shape[0]
+
+    def recent(self, visible: int) -> tuple[Tensor, Tensor] | None:
+        """Return what is kept in full, at most of the ``visible`` latest tokens; None if nothing is."""
+        if self._recent is None or not self._recent[0].shape[2]:
+            return None
+        return self._recent[0][:, :, -visible:], self._recent[1][:, :, -visible:]
+
+    def latents(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`update` returned as latents: (batch, 1, tokens, width) each."""
+        layout = self.layout
+        if not layout.bits or self._latent_dtype is None:
+            return keys, values
+        keys = decode_rows(keys, layout.key_ranks, layout.bits, self._latent_dtype)
+        values = decode_rows(values, layout.value_ranks, layout.bits, self._latent_dtype)
+        recent = self.recent(keys.shape[2])
+        if recent is not None:
+            keys = torch.cat([keys[:, :, : -recent[0].shape[2]], recent[0]], dim=2)
+            values = torch.cat([values[:, :, : -recent[1].shape[2]], recent[1]], dim=2)
+        return keys, values
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """Return every tensor of the layer by what it is: "latents" or "codes", "recent", "positions"."""
+        kind = "codes" if self.layout.bits else "latents"
+        own: Any = self
+        found = {kind: [own.keys, own.values] if own.is_initialized else []}
+        found["recent"] = [] if self._recent is None else list(self._recent)
+        places = self._places
+        found["positions"] = [places.keys] if places is not None and places.is_initialized else []
+        return found
+
+    # Kept in step ---------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Empty the layer; it may then be filled with another batch or dtype, if it is not static."""
+        super().reset()  # type: ignore[misc]
+        if self._places is not None:
+            self._places.reset()
+        self.visible_positions = self._recent = None
+        if isinstance(self, DynamicLayer):
+            self._latent_dtype = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows of the batch, with repetition; beam search does."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        if self._places is not None:
+            self._places.reorder_cache(beam_idx)
+        self._select_recent(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def _select_recent(self, select: Any) -> None:
+        if self._recent is not None:
+            self._recent = select(self._recent[0]), select(self._recent[1])
+
+
+class _Growing(LatentLayer):
+    """The part that both layers without a fixed length share."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the latest tokens.
+
+        Args:
+            tokens_to_remove: 0 or negative, as for transformers' layers.
+
+        Raises:
+            ValueError: positive, or more tokens than there are to remove.
+        """
+        own: Any = self
+        length = int(own.get_seq_length())
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
+        if -tokens_to_remove > length:
+            raise ValueError(f"cannot crop {-tokens_to_remove} tokens from a cache of {length}")
+        self._check_kept(-tokens_to_remove)
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        if self._places is not None:
+            self._places.record_past = getattr(self, "record_past", False)
+            self._places.crop(tokens_to_remove)
+        if tokens_to_remove:
+            self._select_recent(lambda states: states[:, :, :tokens_to_remove])
+
+    def _check_kept(self, removed: int) -> None:
+        pass
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self._places is not None:
+            self._places.batch_repeat_interleave(repeats)
+        self._select_recent(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        if self._places is not None:
+            self._places.batch_select_indices(indices)
+        self._select_recent(lambda states: states[indices])
+
+
+class LatentDynamicLayer(_Growing, DynamicLayer):
+    """Grows with every token."""
+
+
+class LatentSlidingLayer(_Growing, DynamicSlidingWindowLayer):
+    """Keeps the latest tokens of a sliding window."""
+
+    keys: Any
+    values: Any
+
+    def _store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        stored = super()._store(keys, values)
+        if not self.record_past:
+            # The stock layer keeps views, and with them the memory of all that they are views of.
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+            if self._places is not None:
+                self._places.keys = self._places.keys.clone()
+        return stored
+
+    def _most_recent(self) -> int:
+        return min(self.layout.recent, self.sliding_window - 1)
+
+    def _check_kept(self, removed: int) -> None:
+        stored = 0 if self.batch is None else self.keys.shape[2]
+        remaining = self.cumulative_length - removed
+        if removed and min(self.sliding_window - 1, remaining) > stored - removed:
+            raise ValueError(
+                f"cannot crop {removed} tokens: a window of {self.sliding_window} keeps the last {stored} only; call "
+                "activate_past_recording() on the cache before the tokens that may be cropped"
+            )
+
+
+class _Fixed(LatentLayer):
+    """The part that both static layers share."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: the length of a static layer is fixed.
+
+        Raises:
+            ValueError: always, unless there is nothing to remove.
+        """
+        if tokens_to_remove:
+            raise ValueError("a static cache cannot be cropped; use a dynamic one for decoding that takes tokens back")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refuse: the memory of a static layer is fixed.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a static cache cannot change its batch; use a dynamic one")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refuse: the memory of a static layer is fixed.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a static cache cannot change its batch; use a dynamic one")
+
+
+class LatentStaticLayer(_Fixed, StaticLayer):
+    """Memory for a fixed number of tokens, so that decoding can be compiled."""
+
+
+class LatentStaticSlidingLayer(_Fixed, StaticSlidingWindowLayer):
+    """The same for the latest tokens of a sliding window."""
+
+
+# Adoption ----------------------------------------------------------------------------------------------------------
+
+
+def _twin(stock: Any) -> tuple[LatentLayer, Any] | None:
+    """Return an empty latent layer of the kind of ``stock``, and another stock layer of that kind."""
+    kind = type(stock)
+    if kind is DynamicLayer:
+        return LatentDynamicLayer(), DynamicLayer()
+    if kind is DynamicSlidingWindowLayer:
+        window = stock.sliding_window
+        twin = LatentSlidingLayer(sliding_window=window)
+        twin.record_past = stock.record_past
+        return twin, DynamicSlidingWindowLayer(sliding_window=window)
+    if kind is StaticLayer:
+        return LatentStaticLayer(max_cache_len=stock.max_cache_len), StaticLayer(max_cache_len=stock.max_cache_len)
+    if kind is StaticSlidingWindowLayer:
+        # The stock layer keeps only the smaller of window and length, which stands for both.
+        sizes = {"max_cache_len": stock.max_cache_len, "sliding_window": stock.max_cache_len}
+        return LatentStaticSlidingLayer(**sizes), StaticSlidingWindowLayer(**sizes)
+    return None
+
+
+def new_layer(stock: Any, layout: Layout) -> LatentLayer:
+    """Return the latent twin of an empty stock layer.
+
+    Raises:
+        TypeError: there is none of its kind.
+        ValueError: it holds tokens already, or a static layer is to keep recent tokens in full.
+    """
+    pair = _twin(stock)
+    if pair is None:
+        raise TypeError(
+            f"{layout.name}: a cache layer of type {type(stock).__name__} cannot hold latents; pass no cache, a "
+            "DynamicCache, a StaticCache or a ReCalKVCache (which also keeps latents in codes of few bits)"
+        )
+    if int(stock.get_seq_length()):
+        raise ValueError(
+            f"{layout.name}: the cache already holds {int(stock.get_seq_length())} tokens of dense keys and values; "
+            "fill it with this model from the start"
+        )
+    layer, places = pair
+    if layout.recent and isinstance(layer, _Fixed):
+        raise ValueError(f"{layout.name}: recent_window={layout.recent} needs a dynamic cache, this one is static")
+    layer.start(layout, places)
+    return layer
+
+
+def claim(cache: Any, index: int, layout: Layout) -> LatentLayer:
+    """Return the latent layer of a cache for an attention module, put in place of a stock layer at its first use.
+
+    Args:
+        cache: of the forward pass.
+        index: of the layer.
+        layout: what the module stores. A cache that has options of its own overrides ``bits`` and ``recent``.
+
+    Raises:
+        TypeError: the cache is of a kind that cannot hold latents.
+        ValueError: the layer belongs to other projections, or holds dense keys already.
+    """
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise TypeError(f"{layout.name}: past_key_values is a {type(cache).__name__}, which cannot hold latents")
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    if index >= len(cache.layers):
+        raise ValueError(f"{layout.name}: the cache has {len(cache.layers)} layers, the model at least {index + 1}")
+    layer: Any = cache.layers[index]
+    if not isinstance(layer, LatentLayer):
+        options = getattr(cache, "latent_options", None)
+        layer = new_layer(layer, layout if options is None else dataclasses.replace(layout, **options))
+        cache.layers[index] = layer
+    held = layer.layout
+    if held.stamp != layout.stamp:
+        raise ValueError(
+            f"{layout.name}: this cache was filled by another model (its layer {index} belongs to {held.name!r} with "
+            f"ranks {held.key_ranks} and {held.value_ranks}, other weights than here); use one cache for one model"
+        )
+    return layer

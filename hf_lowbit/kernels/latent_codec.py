@@ -1,0 +1,110 @@
+"""Latents of a cache as rows of bytes: codes of 8, 4 or 3 bits with one scale and one zero point per token and group.
+
+A row holds what is kept of one token, so a cache can append, drop, move and select rows without knowing what is in
+them. For groups of ranks ``r_0 … r_{N-1}``::
+
+    scale of each group (float16) | zero point of each group (int16) | codes of group 0 | codes of group 1 | …
+
+Codes of a group fill whole words: one code in a byte (8 bits), two in a byte (4 bits), eight in three bytes (3 bits).
+With ``w`` words, word ``j`` holds the codes ``j, j + w, j + 2w, …``, the first in its lowest bits; so the same place
+in neighbouring words stands for neighbours in the latent, and nothing has to be shuffled. A word of three bytes is
+spread over three planes of ``w`` bytes, lowest byte first.
+
+``z = (code - zero) · scale``. What is stored for a token depends on that token alone: nothing is coded again later,
+and tokens may come one by one or all at once.
+
+Source: ReCalKV, released code (per token and group, minimum to maximum, 3 and 4 bits; the packing is ours).
+Differs: the zero point is not clamped to the range of codes, so a group whose values all lie on one side of zero loses
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# bits: (codes in a word, bytes of a word)
+WORDS = {8: (1, 1), 4: (2, 1), 3: (8, 3)}
+# A range narrower than this is rounding noise; it also keeps the scale of 8 bits above the smallest float16.
+_NARROWEST = 1e-5
+# With this the zero point of a group far from zero, but narrow, still fits int16.
+_FARTHEST_ZERO = 32000
+
+
+def row_bytes(ranks: Sequence[int], bits: int) -> int:
+    """Return the bytes of one token's row: for ranks that are multiples of 8, ``sum(ranks) · bits / 8 + 4 · N``."""
+    codes, width = WORDS[bits]
+    return 4 * len(ranks) + sum(-(-rank // codes) * width for rank in ranks)
+
+
+def encode_rows(latents: Tensor, ranks: Sequence[int], bits: int) -> Tensor:
+    """Code latents.
+
+    Args:
+        latents: (..., sum of ranks), floating.
+        ranks: width of each group.
+        bits: 8, 4 or 3.
+
+    Returns:
+        (..., row_bytes), uint8. A group with a value that is not finite decodes to values that are not finite.
+    """
+    most = 2**bits - 1
+    scales, zeros, codes = [], [], []
+    for group in latents.float().split(list(ranks), dim=-1):
+        low, high = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
+        far = torch.maximum(low.abs(), high.abs()) / _FARTHEST_ZERO
+        scale = torch.maximum((high - low).clamp(min=_NARROWEST) / most, far).half()
+        zero = (-low / scale.float()).round()
+        scales.append(scale)
+        zeros.append(zero.to(torch.int16))
+        codes.append(_pack((group / scale.float()).round().add(zero).clamp(0, most).to(torch.uint8), bits))
+    head = [torch.cat(part, dim=-1).view(torch.uint8) for part in (scales, zeros)]
+    return torch.cat([*head, *codes], dim=-1)
+
+
+def decode_rows(rows: Tensor, ranks: Sequence[int], bits: int, dtype: torch.dtype) -> Tensor:
+    """Undo :func:`encode_rows` up to rounding.
+
+    Args:
+        rows: (..., row_bytes), uint8.
+        ranks: as they were given to :func:`encode_rows`.
+        bits: likewise.
+        dtype: of the result.
+
+    Returns:
+        (..., sum of ranks), computed in float32 and rounded to ``dtype``.
+    """
+    groups = len(ranks)
+    each, width = WORDS[bits]
+    lengths = [-(-rank // each) * width for rank in ranks]
+    scales, zeros, *codes = rows.split([2 * groups, 2 * groups, *lengths], dim=-1)
+    scale = scales.contiguous().view(torch.float16).float()
+    zero = zeros.contiguous().view(torch.int16).float()
+    parts = [
+        (_unpack(packed, bits)[..., :rank].float() - zero[..., at : at + 1]) * scale[..., at : at + 1]
+        for at, (packed, rank) in enumerate(zip(codes, ranks, strict=True))
+    ]
+    return torch.cat(parts, dim=-1).to(dtype)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    each, width = WORDS[bits]
+    places = pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (each, -1)).int()
+    words = torch.zeros_like(places[..., 0, :])
+    for place in range(each):
+        words = words | places[..., place, :] << (bits * place)
+    return torch.cat([(words >> (8 * byte) & 255).to(torch.uint8) for byte in range(width)], dim=-1)
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    each, width = WORDS[bits]
+    if each == 1:
+        return packed
+    planes = packed.unflatten(-1, (width, -1)).int()
+    words = planes[..., 0, :]
+    for byte in range(1, width):
+        words = words | planes[..., byte, :] << (8 * byte)
+    return torch.cat([words >> (bits * place) & (2**bits - 1) for place in range(each)], dim=-1)
