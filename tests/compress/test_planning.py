@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_with_the_same_plan(dense, tmp_path, monkeypatch, a
     with pytest.raises(KeyboardInterrupt):
         compress(dense, tmp_path / "journal")
     monkeypatch.setattr(Run, "compress_layers", original)
-    monkeypatch.setattr(engine, "cosine_sums", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(measures, "cosine_sums", lambda *_: pytest.fail("measured again"))
     assert saved(compress(dense, tmp_path / "journal", resume=True), tmp_path / "resumed") == expected
 
 
@@ -170,7 +170,7 @@ def test_a_journal_with_a_strange_plan_is_refused(dense, tmp_path, change):
 
 
 def test_given_counts_are_used_as_they_are(dense, monkeypatch):
-    monkeypatch.setattr(engine, "cosine_sums", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(measures, "cosine_sums", lambda *_: pytest.fail("measured"))
     given = dict(zip(BLOCKS, (2, 8, 1, 5), strict=True))
     model = compress(dense, layers=given)
     assert layers_of(model) == given
@@ -180,7 +180,7 @@ def test_given_counts_are_used_as_they_are(dense, monkeypatch):
 
 
 def test_uniform_counts_need_no_pass(dense, monkeypatch):
-    monkeypatch.setattr(engine, "cosine_sums", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(measures, "cosine_sums", lambda *_: pytest.fail("measured"))
     for changes in ({"importance": "uniform"}, {"calibration": None}, {"n_low": 4, "n_high": 4}):
         model = compress(dense, **changes)
         assert layers_of(model) is None
