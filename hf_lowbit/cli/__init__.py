@@ -349,6 +349,39 @@ def generate(
 
 
 @_command()
+def adapter(
+    path: Packed,
+    dense: Annotated[str, typer.Argument(metavar="DENSE", help="The dense model it was made from: folder or name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to be made.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of each layer's update.")] = 16,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE|FOLDER", help="Text whose outputs count; without, weights do.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Sequences of that text, from its start.")] = 32,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    debug: Debug = False,
+) -> None:
+    """Write what compression has left out as a LoRA adapter for peft, to use or to train on from.
+
+    Each update is the best of its rank for the difference between the dense weight and the packed one.
+
+    Example:
+
+    hf-lowbit adapter model-low-rank org/model adapter --rank 16 --data notes.txt
+    """
+    from hf_lowbit.hf.adapter import dense_weights, save_remainder
+    from hf_lowbit.hf.auto import auto_class, load_tokenizer
+    from hf_lowbit.report.evaluate import heldout_tokens
+    from hf_lowbit.report.tables import error_text, mean
+
+    tokens = None if data is None else heldout_tokens(data, load_tokenizer(path), samples, sequence_length)
+    model: Any = auto_class(path).from_pretrained(path)
+    left = save_remainder(model, dense_weights(dense, model.base_model_prefix), out, rank, tokens)
+    kind, share = "weights" if tokens is None else "outputs", error_text(mean(left.values()))
+    _show(f"saved to {out}: of what {len(left)} layers had lost of their {kind}, {share} is left")
+
+
+@_command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Method whose options to list.")] = None,
     as_json: AsJson = False,

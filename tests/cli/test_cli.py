@@ -308,3 +308,15 @@ def test_bench_measures(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("bench", packed)
     assert result.exit_code == 0, result.output
     assert "× dense" in result.stdout
+
+
+def test_what_was_left_out_becomes_an_adapter(dense: Path, packed: Path, text: Path, tmp_path: Path) -> None:
+    sizes = ("--samples", 4, "--sequence-length", 16)
+    for name, data in (("weights", ()), ("outputs", ("--data", text, *sizes))):
+        result = run("adapter", packed, dense, tmp_path / name, "--rank", 4, *data)
+        assert result.exit_code == 0, result.output
+        assert f"of what 14 layers had lost of their {name}" in result.output
+        assert (tmp_path / name / "adapter_model.safetensors").is_file()
+    result = run("adapter", packed, dense, tmp_path / "weights")
+    assert result.exit_code == 2
+    assert "exists and is not empty" in result.output
