@@ -209,13 +209,15 @@ def inspect(
     """Show where the bytes of a compressed model are.
 
     Reads config.json and file headers only, so it is instant. The parts add up to the bytes on disk. Bits per weight
-    count scales, bitmaps and padding; errors are squared and relative, as measured during calibration.
+    count scales, bitmaps and padding; errors are squared and relative, as measured during calibration. Of a model
+    whose cache holds latents, the ranks are drawn by layer, with the bytes that the cache takes per token.
 
     Example:
 
     hf-lowbit inspect model-1bit --layers
     """
     from hf_lowbit.report.inspect import inspect as inspect_folder
+    from hf_lowbit.report.latents import cache_json, cache_table
     from hf_lowbit.report.plots import save_plot
     from hf_lowbit.report.tables import inspection_json, inspection_tables
 
@@ -223,9 +225,11 @@ def inspect(
     if plot is not None:
         save_plot(inspection, plot)
     if as_json:
-        _show_json(inspection_json(inspection, layers))
+        cache = cache_json(inspection)
+        _show_json({**inspection_json(inspection, layers), **({"cache": cache} if cache else {})})
     else:
-        _show_tables(inspection_tables(inspection, layers))
+        ranks = cache_table(inspection)
+        _show_tables([*inspection_tables(inspection, layers), *([ranks] if ranks else [])])
         if plot is not None:
             _show(f"drawn in {plot}")
 

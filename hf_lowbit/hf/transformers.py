@@ -23,6 +23,7 @@ from hf_lowbit.compress.engine import check_calibration
 from hf_lowbit.compress.headers import names_metadata
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig, calibration_kind
 from hf_lowbit.errors import CheckpointError
+from hf_lowbit.hf.latent import attach_cache, check_cache, detach_cache
 from hf_lowbit.hf.packed import (
     build_skeleton,
     check_stored_config,
@@ -105,10 +106,12 @@ class LowBitHfQuantizer(HfQuantizer):
             self._files = safetensors_of(checkpoint_files)
             build_skeleton(model, self.quantization_config.modules or {}, self._files)
             self.quantization_config = _named_as_in(model, self.quantization_config)
+            attach_cache(model, self.quantization_config)
             verify_files(self._files, self.quantization_config, "RunOptions(verify=False)")
             return model
         source = dense_source(checkpoint_files, getattr(model, "base_model_prefix", ""))
         config = self.quantization_config
+        check_cache(model, config)
         with torch.device("cpu"):  # transformers builds the model under "meta", which calibration data must not follow
             self._intake = Intake(Run(model, config, source, _tokenizer_for(config, model)))
         return model
@@ -139,6 +142,7 @@ class LowBitHfQuantizer(HfQuantizer):
         self.quantization_config = model.config.quantization_config = intake.run.complete()
         self.report = intake.run.report
         self.pre_quantized = True
+        attach_cache(model, self.quantization_config)
         return model
 
     # Later life --------------------------------------------------------------------------------------------------
@@ -171,6 +175,7 @@ class LowBitHfQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as config.json has it
         dequantize_layers(model, dtype)
+        detach_cache(model)
         return model
 
 
@@ -255,7 +260,9 @@ def register() -> None:
 
 def quantize(model: Any, config: LowBitConfig) -> RunReport:
     """Compress a transformers model that is already in memory, in place; see :func:`hf_lowbit.quantize`."""
+    check_cache(model, config)
     finished, report = compress_model(model, config, _tokenizer_for(config, model))
+    attach_cache(model, finished)
     model.hf_quantizer = LowBitHfQuantizer(finished, pre_quantized=True)
     model.hf_quantizer.report = report
     model.config.quantization_config = finished

@@ -29,4 +29,4 @@ def spreading(size: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     factor, above = torch.linalg.qr(torch.randn(odd, odd, dtype=torch.float64, generator=generator))
     # signs of the diagonal made positive: otherwise the result would depend on the library that factorizes
-    return torch.kron(even_part, factor * above.diagonal().sign())
+    return torch.kron(even_part, (factor * above.diagonal().sign()).contiguous())

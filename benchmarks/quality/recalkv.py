@@ -1,0 +1,260 @@
+"""Quality of ReCalKV: perplexity at 50, 60 and 70 % compression of the cache, and which part of the method helps.
+
+    python -m benchmarks.quality.recalkv --part table singles errors    # about twenty minutes on one core
+    python -m benchmarks.quality.recalkv --part runs                    # whole runs: through files, and in sequence
+    python -m benchmarks.quality.recalkv --part heads                   # a model that does not share heads (no GQA)
+    python -m benchmarks.quality.recalkv --part latents                 # latents of 4 and 3 bits
+    python -m benchmarks.report                                         # renders the tables from the result files
+
+What a result file holds already is not measured again; remove the file to measure anew.
+
+The protocol is that of the figures known before: Wikipedia articles, every other one for calibration (32 sequences of
+512 tokens), the others for measuring (6 sequences of 512 tokens, evenly spaced). Six sequences are few, so a second
+figure is of 24, the six among them. ``table``, ``singles`` and ``errors`` fit every variant to the same statistics of
+the dense model; ``runs`` are complete runs of the package.
+
+Writes ``benchmarks/results/quality_recalkv/*.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import assets
+import hf_lowbit
+from benchmarks.common import calibration_sequences, heldout_sequences, read_results, write_result
+from hf_lowbit import PackedLinear, ReCalKVConfig, RunOptions, registry
+from hf_lowbit.calibration import capture
+from hf_lowbit.calibration.stats import LinearStats, PairedStats
+from hf_lowbit.compress.engine import Run
+from hf_lowbit.compress.measures import StackMeasures
+from hf_lowbit.compress.projections import projection_of
+from hf_lowbit.hf.save import save_model
+from hf_lowbit.report.evaluate import perplexity
+
+FOLDER = "quality_recalkv"
+RATIOS = (0.5, 0.4, 0.3)
+_PAIRS: dict[str, Any] = {
+    "key_group_size": 2,
+    "value_group_size": 2,
+    "ragged_groups": True,
+    "grouping": "contiguous",
+    "rank_allocation": "uniform",
+    "rank_multiple": 1,
+}
+_WHOLE: dict[str, Any] = {"rank_allocation": "uniform", "rank_multiple": 1}
+# The letters are those of the figures known before.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "A": {**_PAIRS, "whiten": False},
+    "B": _PAIRS,
+    "C": {**_PAIRS, "grouping": "cka"},
+    "D": {**_PAIRS, "grouping": "cka", "value_group_size": 0},
+    "F": _WHOLE,
+    "G": {},
+    "energy ranks": {"rank_allocation": "energy"},
+    "energy pairs": {**_PAIRS, "grouping": "energy"},
+}
+SINGLES: dict[str, dict[str, Any]] = {
+    "key pair by energy": {**_PAIRS, "grouping": "energy"},
+    "key pair by cka": {**_PAIRS, "grouping": "cka"},
+    "keys in one group": {**_PAIRS, "key_group_size": 0},
+    "values in one group": {**_PAIRS, "value_group_size": 0},
+    "each head alone": {**_PAIRS, "key_group_size": 1, "value_group_size": 1},
+}
+# whole runs: each block on what the run has made of those before it, where the variant asks for that
+RUNS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "E": {**_PAIRS, "grouping": "cka", "value_group_size": 0, "ocmf": "sequential"},
+    "values in sequence": {"ocmf": "sequential"},
+    "keys and values in sequence": {"ocmf": "sequential", "ocmf_for": "both"},
+    "values crossed": {"ocmf": "cross"},
+}
+
+
+class Bench:
+    """A dense model with what the variants share: statistics, gradients, text to measure on."""
+
+    def __init__(self, model: Any, calibration: Tensor, heldout: Tensor) -> None:
+        """Keep them.
+
+        Args:
+            model: in float32.
+            calibration: (sequences, length), token ids.
+            heldout: (24, length), token ids.
+        """
+        self.model, self.calibration, self.heldout = model, calibration, heldout
+        self.names = [name for name, _ in model.named_modules() if projection_of(model, name) is not None]
+
+    @functools.cached_property
+    def stats(self) -> dict[str, LinearStats]:
+        """Inputs of all key and value projections in the dense model."""
+        linears = {name: self.model.get_submodule(name) for name in self.names}
+        with torch.no_grad(), capture.collect_stats(linears) as stats:
+            for batch in self.calibration.split(4):
+                self.model(input_ids=batch, use_cache=False, logits_to_keep=1)
+        return stats
+
+    @functools.cached_property
+    def gradients(self) -> dict[str, float]:
+        """Mean gradients of all projections, as a run with the default options measures them."""
+        config = self.config()
+        run = Run(self.model, config)
+        with torch.no_grad():
+            measures = StackMeasures(run, run.stacks[0], run.batches)
+            return measures.fisher(self.names, config.fisher_samples, config.fisher_length)
+
+    def config(self, **options: Any) -> ReCalKVConfig:
+        """Return a config of this model's calibration."""
+        samples = len(self.calibration)
+        return ReCalKVConfig(
+            calibration=self.calibration, samples=samples, run=RunOptions(progress=False, batch_size=4), **options
+        )
+
+    # what the method asks of a run
+    def fisher(self, names: Sequence[str], samples: int, length: int) -> dict[str, float]:
+        """Return the shared gradients."""
+        return {name: self.gradients[name] for name in names}
+
+    def dense_inputs(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor, LinearStats]]:
+        """Yield the shared statistics."""
+        for name in names:
+            yield name, self.model.get_submodule(name).weight.detach(), self.stats[name]
+
+    def figures(self) -> dict[str, float]:
+        """Return perplexities of the model as it is: on six sequences, and on all 24."""
+        six = perplexity(self.model, self.heldout[::4], 2, progress=False)
+        rest = perplexity(self.model, self.heldout[torch.arange(len(self.heldout)) % 4 > 0], 2, progress=False)
+        return {"perplexity": six, "perplexity_24": math.exp((math.log(six) + 3 * math.log(rest)) / 4)}
+
+    @contextlib.contextmanager
+    def compressed(self, **options: Any) -> Iterator[dict[str, Any]]:
+        """Put latent projections into the model within the ``with`` statement; yields ranks and errors."""
+        config = self.config(**options)
+        method: Any = registry.get("recalkv")
+        projections = [projection_of(self.model, name) for name in self.names]
+        config = self.config(**options, layers=method.allocate(projections, config, self) or None)
+        dense = {name: self.model.get_submodule(name) for name in self.names}
+        errors: dict[str, list[float]] = {"key": [], "value": []}
+        ranks = {}
+        try:
+            for projection in projections:
+                layer = dense[projection.name]
+                unit = registry.LinearUnit(projection.name, layer.weight.detach(), projection=projection)
+                packed = method.compress(unit, PairedStats(dense=self.stats[projection.name]), config)
+                residual = layer.weight.detach() - packed.unpack()
+                moment = self.stats[projection.name].second_moment(torch.float64)
+                energies = [float(((w.double() @ moment) * w.double()).sum()) for w in (residual, layer.weight)]
+                errors[projection.part].append((energies[0] / energies[1]) ** 0.5)
+                ranks[projection.name] = packed.spec.width
+                self.model.set_submodule(projection.name, PackedLinear.replacing(layer, packed))
+            whole = sum(projection.shape[0] for projection in projections)
+            yield {
+                "kept": sum(ranks.values()) / whole,
+                "ranks": {part: [r for n, r in ranks.items() if n.endswith(f"{part[0]}_proj")] for part in errors},
+                "errors": {part: statistics.mean(found) for part, found in errors.items()},
+            }
+        finally:
+            for name, layer in dense.items():
+                self.model.set_submodule(name, layer)
+
+    def measure(self, **options: Any) -> dict[str, Any]:
+        """Return the figures of one variant."""
+        with torch.no_grad(), self.compressed(**options) as found:
+            return {**found, **self.figures()}
+
+
+class Record:
+    """A result file that grows figure by figure, so that a measurement that was cut off goes on where it was."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+        self.found: dict[str, Any] = dict(read_results(FOLDER).get(part, {}).get("figures", {}))
+
+    def take(self, key: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure and write a figure, unless it is there."""
+        if key in self.found:
+            return
+        began = time.perf_counter()
+        self.found[key] = measure()
+        write_result(f"{FOLDER}/{self.part}", {"figures": self.found})
+        shown = {name: value for name, value in self.found[key].items() if isinstance(value, float)}
+        print(self.part, key, shown, f"{time.perf_counter() - began:.0f} s", flush=True)
+
+
+@functools.cache
+def smollm2() -> Bench:
+    """Return the model that shares heads: 9 query heads, 3 key and value heads."""
+    path = assets.smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return Bench(model, calibration_sequences(tokenizer, 32, 512), heldout_sequences(tokenizer, 24, 512))
+
+
+def table(record: Record) -> None:
+    """Measure every variant at every ratio."""
+    bench = smollm2()
+    record.take("dense", bench.figures)
+    for ratio in RATIOS:
+        for title, options in VARIANTS.items():
+            record.take(f"{title}, {ratio}", functools.partial(bench.measure, ratio=ratio, **options))
+
+
+def singles(record: Record) -> None:
+    """Measure what one change alone does, beside variant B, at 60 % compression."""
+    for title, options in SINGLES.items():
+        record.take(title, functools.partial(smollm2().measure, ratio=0.4, **options))
+
+
+def _whole_run(options: dict[str, Any], ratio: float) -> dict[str, Any]:
+    """Compress while loading, save, load back, compare, measure."""
+    bench, path = smollm2(), assets.smollm2()
+    began = time.perf_counter()
+    config = bench.config(ratio=ratio, **options)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config)
+    seconds = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder) / "model")
+        loaded = AutoModelForCausalLM.from_pretrained(Path(folder) / "model")
+    with torch.no_grad():
+        before, after = (m(input_ids=bench.heldout[:1, :64]).logits for m in (model, loaded))
+        if not torch.equal(before, after):
+            raise RuntimeError("the reloaded model does not give the same logits")
+        found = Bench(loaded, bench.calibration, bench.heldout).figures()
+    specs = [layer.spec for layer in hf_lowbit.packed_modules(loaded).values()]
+    kept = sum(spec.width for spec in specs) / sum(spec.out_features for spec in specs)
+    return {**found, "kept": kept, "seconds": seconds}
+
+
+def runs(record: Record) -> None:
+    """Measure whole runs."""
+    for title, options in RUNS.items():
+        for ratio in RATIOS if title in ("default", "E") else (0.4,):
+            record.take(f"{title}, {ratio}", functools.partial(_whole_run, options, ratio))
+
+
+PARTS: dict[str, Callable[[Record], None]] = {"table": table, "singles": singles, "runs": runs}
+
+
+def main() -> None:
+    """Parse arguments, measure, write."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
+    for part in made.parse_args().part:
+        PARTS[part](Record(part))
+
+
+if __name__ == "__main__":
+    main()
