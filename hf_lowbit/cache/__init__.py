@@ -10,6 +10,7 @@ from hf_lowbit.cache.adapters import attach_latent_attention, attention_modules,
 from hf_lowbit.cache.attention import convert_attention
 from hf_lowbit.cache.cache import ReCalKVCache, cache_bytes
 from hf_lowbit.cache.projection import LatentProjection
+from hf_lowbit.cache.store import load_cache, save_cache
 
 __all__ = [
     "LatentProjection",
@@ -19,5 +20,7 @@ __all__ = [
     "cache_bytes",
     "check_attention",
     "convert_attention",
+    "load_cache",
+    "save_cache",
     "structure_of",
 ]

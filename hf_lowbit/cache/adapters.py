@@ -9,12 +9,19 @@ a weight is touched.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    get_layer_types_and_kwargs,
+)
 
 from hf_lowbit.cache.attention import LatentAttention, Structure, convert_attention
 from hf_lowbit.cache.probe import difference, norm_shift
@@ -26,6 +33,7 @@ _PROJECTIONS = {"q_proj", "k_proj", "v_proj"}
 _OUTPUTS = ("o_proj", "out_proj", "dense")
 _NORMS = {"q_norm", "k_norm"}
 _LATENT_ATTENTION = ("kv_b_proj", "kv_a_proj_with_mqa")
+_PLAIN = (bool, int, float, str, type(None))
 _TOLERANCE = 1e-4  # relative; rounding gives 1e-6
 
 
@@ -91,18 +99,21 @@ def structure_of(model: nn.Module, name: str) -> Structure:
 def _structures(model: nn.Module, modules: dict[str, Any]) -> dict[str, Structure]:
     structures: dict[str, Structure] = {}
     reasons: dict[str, list[str]] = {}
-    probed: dict[Any, str | None] = {}
+    probed: dict[Any, Structure | str] = {}
     for name, module in modules.items():
         structure = _structure(model, name, module)
         if isinstance(structure, Structure):
-            # Layers of one model differ in their index alone, so one of each kind is tried out.
-            kind = (type(module), structure.prefix, hasattr(module, "k_norm"), str(module.k_proj), module.scaling)
+            # Most layers of a model differ in their index alone, so one of each kind is tried out.
+            plain = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN)} | {"layer_idx": 0}
+            kind = (type(module), structure.prefix, structure.norm_shift, repr(sorted(plain.items())))
             if kind not in probed:
-                probed[kind] = _computes_otherwise(module, structure)
-            if probed[kind] is None:
-                structures[name] = structure
+                probed[kind] = _tried_out(module, structure)
+            tried = probed[kind]
+            if isinstance(tried, Structure):
+                # some models leave the rotation out in some layers
+                structures[name] = dataclasses.replace(structure, rotary=tried.rotary and structure.rotary)
                 continue
-            structure = str(probed[kind])
+            structure = tried
         reasons.setdefault(structure, []).append(name)
     if reasons:
         listed = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
@@ -155,6 +166,12 @@ def _unknown_parts(module: Any) -> str | None:
 
 
 def _unknown_model(model: Any, module: Any) -> str | None:
+    layer_types = get_layer_types_and_kwargs(module.config)[0]
+    kind = layer_types[module.layer_idx] if module.layer_idx < len(layer_types) else "unknown"
+    if DYNAMIC_LAYER_TYPE_MAPPING.get(kind) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return f"its cache layer is of the kind {kind!r}, which is not known"
+    if getattr(module.config, "clip_qkv", None) is not None:
+        return "queries, keys and values that are clipped are not supported"
     for config in (module.config, getattr(model, "config", None)):
         if getattr(config, "is_encoder_decoder", False):
             return "encoder-decoder models are not supported"
@@ -187,13 +204,16 @@ def _norm_shift(norm: Any) -> float | None:
     return norm_shift(norm)
 
 
-def _computes_otherwise(module: Any, structure: Structure) -> str | None:
-    kind = type(module).__name__
-    try:
-        found = difference(module, structure)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        return f"{kind} could not be tried out ({type(error).__name__}: {first_line})"
-    if not found < _TOLERANCE:
-        return f"{kind} computes something else than attention as it is known here (relative difference {found:.1e})"
-    return None
+def _tried_out(module: Any, structure: Structure) -> Structure | str:
+    """Return the structure with which ours computes what a module computes, or why there is none."""
+    kind, differences = type(module).__name__, []
+    for rotated in [False] if structure.rotary is None else [True, False]:
+        try:
+            differences.append(difference(module, structure, rotated))
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+            first_line = (str(error).splitlines() or [""])[0]
+            return f"{kind} could not be tried out ({type(error).__name__}: {first_line})"
+        if differences[-1] < _TOLERANCE:
+            return structure if rotated else dataclasses.replace(structure, rotary=None)
+    least = min(differences)
+    return f"{kind} computes something else than attention as it is known here (relative difference {least:.1e})"

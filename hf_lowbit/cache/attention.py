@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_lowbit.cache.layers import LatentLayer, Layout, check_codes, claim
 from hf_lowbit.cache.projection import LatentProjection, is_latent
@@ -88,7 +87,7 @@ class LatentAttention:
 
         layer = None
         if past_key_values is not None:
-            layer = claim(past_key_values, own.layer_idx, self._layout(hidden_states))
+            layer = claim(past_key_values, own.layer_idx, self.latent_layout())
             keys, values = past_key_values.update(keys, values, own.layer_idx, position_ids=kwargs.get("position_ids"))
         weights = None
         if layer is not None and self._can_decode(query, attention_mask):
@@ -113,7 +112,7 @@ class LatentAttention:
                     "adapters and other replacements may take q_proj and the output projection, not keys and values"
                 )
 
-    def _layout(self, like: Tensor) -> Layout:
+    def latent_layout(self) -> Layout:
         """Return what a cache keeps for this module; made once, when the weights are there."""
         own: Any = self
         layout: Layout | None = own.__dict__.get("_latent_layout")
@@ -122,7 +121,7 @@ class LatentAttention:
                 name=self.latent_structure.name,
                 key_ranks=own.k_proj.spec.ranks,
                 value_ranks=own.v_proj.spec.ranks,
-                stamp=own.k_proj(like, "stamp") + own.v_proj(like, "stamp"),
+                stamp=own.k_proj(None, "stamp") + own.v_proj(None, "stamp"),
                 rotary=self.latent_structure.rotary is not None,
                 bits=self.latent_bits,
                 recent=self.recent_window,
@@ -141,6 +140,9 @@ class LatentAttention:
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """Rebuild keys and values and call the attention function that the user chose."""
+        # Not at the top: when this module is loaded, the package registers, for which it needs this module.
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
         own: Any = self
         structure = self.latent_structure
         if layer is not None:

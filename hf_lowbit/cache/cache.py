@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from hf_lowbit.cache.layers import LatentLayer, check_codes
+from hf_lowbit.cache.attention import LatentAttention
+from hf_lowbit.cache.layers import LatentLayer, check_codes, claim
 
 
 class ReCalKVCache(Cache):
@@ -52,6 +53,27 @@ class ReCalKVCache(Cache):
         super().__init__(layers=stock.layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.latent_options = {"bits": latent_bits or 0, "recent": recent_window}
 
+    @classmethod
+    def from_model(cls, model: Any, **options: Any) -> ReCalKVCache:
+        """Return a cache whose layers are made for a model at once, rather than when they are first used.
+
+        Args:
+            model: with latent attention.
+            options: as for the class; ``latent_bits`` and ``recent_window`` are by default those of the model.
+
+        Raises:
+            ValueError: the model has no latent attention, or an option is out of range.
+        """
+        attentions = attention_by_layer(model)
+        layouts = {index: attention.latent_layout() for index, attention in attentions.items()}
+        first = next(iter(layouts.values()))
+        if "latent_bits" not in options:
+            options = {"latent_bits": first.bits or None, "recent_window": first.recent, **options}
+        cache = cls(model.config, **options)
+        for index, layout in layouts.items():
+            claim(cache, index, layout)
+        return cache
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that the cache holds."""
@@ -60,6 +82,24 @@ class ReCalKVCache(Cache):
     def memory_footprint(self) -> dict[str, int]:
         """Return the bytes held by what they are, see :func:`cache_bytes`."""
         return cache_bytes(self)
+
+
+def attention_by_layer(model: nn.Module) -> dict[int, Any]:
+    """Return the modules with latent attention of a model by the index of their cache layer.
+
+    Raises:
+        ValueError: it has none, or two for one layer.
+    """
+    found: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LatentAttention):
+            index: Any = module.layer_idx  # type: ignore[attr-defined]
+            if index in found:
+                raise ValueError(f"{name} and another attention module have layer_idx {index}; pass one model of them")
+            found[index] = module
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no attention that works on latents")
+    return found
 
 
 def cache_bytes(cache: Cache) -> dict[str, int]:

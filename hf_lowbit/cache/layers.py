@@ -76,18 +76,19 @@ class LatentLayer:
         layout: what is stored.
         visible_positions: (batch, tokens) int32, positions of what the last :meth:`update` returned; None without
             rotary embeddings.
+        latent_dtype: of the latents that came in; None before the first.
     """
 
     layout: Layout
     visible_positions: Any
     _places: Any
     _recent: tuple[Tensor, Tensor] | None
-    _latent_dtype: torch.dtype | None
+    latent_dtype: torch.dtype | None
 
     def start(self, layout: Layout, places: Any) -> None:
         """Say what will be stored; ``places`` is an empty stock layer of the same kind."""
         self.layout, self._places = layout, places if layout.rotary else None
-        self.visible_positions = self._recent = self._latent_dtype = None
+        self.visible_positions = self._recent = self.latent_dtype = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store latents of new tokens.
@@ -105,7 +106,7 @@ class LatentLayer:
             ValueError: they do not fit what the layer holds.
         """
         self._check(key_states, value_states, kwargs.get("position_ids"))
-        self._latent_dtype = key_states.dtype
+        self.latent_dtype = key_states.dtype
         if self._places is not None:
             positions = kwargs["position_ids"].to(key_states.device, torch.int32).expand(key_states.shape[0], -1)
             column = positions[:, None, :, None]
@@ -134,9 +135,9 @@ class LatentLayer:
                 f"{layout.name}: latents of shapes {tuple(keys.shape)} and {tuple(values.shape)} do not fit a cache "
                 f"of widths {expected[0][1]} and {expected[1][1]}"
             )
-        if self._latent_dtype is not None and keys.dtype != self._latent_dtype:
+        if self.latent_dtype is not None and keys.dtype != self.latent_dtype:
             raise ValueError(
-                f"{layout.name}: the cache holds {self._latent_dtype} latents and was given {keys.dtype}; "
+                f"{layout.name}: the cache holds {self.latent_dtype} latents and was given {keys.dtype}; "
                 "a model that changes its dtype needs a new cache"
             )
         held = self.batch
@@ -177,10 +178,10 @@ class LatentLayer:
     def latents(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return what :meth:`update` returned as latents: (batch, 1, tokens, width) each."""
         layout = self.layout
-        if not layout.bits or self._latent_dtype is None:
+        if not layout.bits or self.latent_dtype is None:
             return keys, values
-        keys = decode_rows(keys, layout.key_ranks, layout.bits, self._latent_dtype)
-        values = decode_rows(values, layout.value_ranks, layout.bits, self._latent_dtype)
+        keys = decode_rows(keys, layout.key_ranks, layout.bits, self.latent_dtype)
+        values = decode_rows(values, layout.value_ranks, layout.bits, self.latent_dtype)
         recent = self.recent(keys.shape[2])
         if recent is not None:
             keys = torch.cat([keys[:, :, : -recent[0].shape[2]], recent[0]], dim=2)
@@ -197,6 +198,12 @@ class LatentLayer:
         found["positions"] = [places.keys] if places is not None and places.is_initialized else []
         return found
 
+    @property
+    def stored_positions(self) -> Tensor:
+        """Positions of all that is stored: (batch, tokens) int32."""
+        positions: Tensor = self._places.keys[:, 0, :, 0]
+        return positions
+
     # Kept in step ---------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
@@ -206,7 +213,7 @@ class LatentLayer:
             self._places.reset()
         self.visible_positions = self._recent = None
         if isinstance(self, DynamicLayer):
-            self._latent_dtype = None
+            self.latent_dtype = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows of the batch, with repetition; beam search does."""
@@ -222,6 +229,31 @@ class LatentLayer:
 
 class _Growing(LatentLayer):
     """The part that both layers without a fixed length share."""
+
+    def fill(self, parts: dict[str, Tensor], length: int, dtype: torch.dtype) -> None:
+        """Fill the empty layer with what was saved of another one.
+
+        Args:
+            parts: checked before: "keys", "values", and where they are kept "positions", "recent_keys" and
+                "recent_values".
+            length: tokens that the other layer had seen.
+            dtype: of its latents.
+        """
+        own: Any = self
+        own.lazy_initialization(parts["keys"], parts["values"])
+        own.keys, own.values = parts["keys"], parts["values"]
+        filled = [own]
+        if self._places is not None:
+            column = parts["positions"][:, None, :, None]
+            self._places.lazy_initialization(column, column[..., :0])
+            self._places.keys, self._places.values = column, column[..., :0]
+            filled.append(self._places)
+        for layer in filled:
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = length
+        if "recent_keys" in parts:
+            self._recent = parts["recent_keys"], parts["recent_values"]
+        self.latent_dtype = dtype
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the latest tokens.

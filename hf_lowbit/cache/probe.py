@@ -22,16 +22,19 @@ from hf_lowbit.cache.projection import LatentProjection
 from hf_lowbit.kernels.latent_attention import rotation
 
 _WIDTH, _PROMPT = 32, 5
-# Scores of about ±5: large enough that a cap on them, as Gemma 2 has, is seen far above rounding.
-_SPREAD = 2.0
+# Standard deviation of the scores: large enough that a cap on them, as Gemma 2 has, is seen far above rounding.
+_SCORES = 5.0
+# The second row's positions: far out, where some models scale their queries.
+_FAR = 100_003
 
 
-def difference(module: Any, structure: Structure) -> float:
+def difference(module: Any, structure: Structure, rotated: bool) -> float:
     """Return the largest relative difference between the outputs of a module's own class and ours.
 
     Args:
         module: attention of a model, not converted; only copied, also from ``meta``.
         structure: as found for it.
+        rotated: whether ours rotates queries and keys.
     """
     with torch.device("cpu"), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
@@ -42,7 +45,7 @@ def difference(module: Any, structure: Structure) -> float:
             frequencies = 1 / 100 ** (torch.arange(count, dtype=torch.float32) / count)
         inputs = torch.randn(2, _PROMPT + 1, _WIDTH, generator=generator, dtype=torch.float32)
         expected = _outputs(own, inputs, frequencies)
-        ours = _converted(own, parts, structure, frequencies)
+        ours = _converted(own, parts, structure, frequencies if rotated else None)
         worst = 0.0
         for implementation in ("eager", "sdpa"):  # the second decodes through the op
             ours.config._attn_implementation = implementation
@@ -86,9 +89,10 @@ def _copy(module: Any, structure: Structure, generator: torch.Generator) -> tupl
     for name, child in module.named_children():
         has_bias = getattr(child, "bias", None) is not None
         if name == structure.output:
-            memo[id(child)] = _linear(_WIDTH, structure.heads * head_dim, has_bias, generator)
+            memo[id(child)] = _linear(_WIDTH, structure.heads * head_dim, 1.0, has_bias, generator)
         elif name in rows:
-            memo[id(child)] = _linear(rows[name], _WIDTH, has_bias, generator)
+            variance = _SCORES / (head_dim**0.5 * module.scaling)
+            memo[id(child)] = _linear(rows[name], _WIDTH, variance, has_bias, generator)
     memo[id(module.config)] = config = copy.deepcopy(module.config)
     config._attn_implementation = "eager"
     twin = copy.deepcopy(module, memo).eval()
@@ -101,8 +105,9 @@ def _copy(module: Any, structure: Structure, generator: torch.Generator) -> tupl
     return twin, parts
 
 
-def _linear(rows: int, columns: int, bias: bool, generator: torch.Generator) -> nn.Linear:
-    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float32) * (_SPREAD / columns) ** 0.5
+def _linear(rows: int, columns: int, variance: float, bias: bool, generator: torch.Generator) -> nn.Linear:
+    """Return a layer whose outputs have this variance for inputs of variance 1."""
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float32) * (variance / columns) ** 0.5
     return _of(weight, torch.randn(rows, generator=generator, dtype=torch.float32) if bias else None)
 
 
@@ -140,7 +145,7 @@ def _converted(own: Any, parts: dict[str, nn.Linear], structure: Structure, freq
 def _outputs(attention: Any, inputs: Tensor, frequencies: Tensor | None) -> list[Tensor]:
     """Return what a module makes of a prompt and of one more token; the second row's positions are shifted."""
     cache = DynamicCache()
-    positions = torch.arange(_PROMPT + 1) + torch.tensor([[0], [7]])
+    positions = torch.arange(_PROMPT + 1) + torch.tensor([[0], [_FAR]])
     hidden = torch.ones(_PROMPT, _PROMPT, dtype=torch.bool).triu(1)
     mask = torch.zeros(1, 1, _PROMPT, _PROMPT, dtype=torch.float32).masked_fill(hidden, -1e9)
     outputs = []

@@ -41,14 +41,15 @@ class LatentProjection(PackedLinear):
         bias = None if bias is None else bias.detach().to(ups[0].dtype)
         return cls(LatentFormat.pack(groups, ups, downs, dtype), bias, ups[0].dtype)
 
-    def forward(self, input: Tensor, part: str = "whole") -> Any:
+    def forward(self, input: Any, part: str = "whole") -> Any:
         """Apply the projection or a part of it.
 
         Args:
             input: (batch, tokens, in_features), or for "heads" the latents (batch, 1, tokens, sum of ranks).
             part: "whole" for (batch, tokens, out_features); "latent" for (batch, 1, tokens, sum of ranks), which has
                 the shape of one head, so that every cache layer of transformers takes it; "heads" for (batch, heads,
-                tokens, head_dim), bias included; "stamp" for a text that tells this projection from others.
+                tokens, head_dim), bias included; "stamp" for a text that tells this projection from others, whatever
+                the input.
         """
         if part == "whole":
             return super().forward(input)
