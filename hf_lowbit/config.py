@@ -255,9 +255,19 @@ class LowBitConfig(QuantizationConfigMixin, metaclass=_ByMethodName):
     def streams(self) -> frozenset[str]:
         """Whose inputs a calibrated run gathers: those in the "dense" model, in the "compressed" one so far, or both.
 
-        With "cross" besides the two, also the products of the one with the other.
+        With "cross" also the products of the one with the other, except of experts, which see other tokens in each.
         """
         return frozenset({"compressed"})
+
+    @property
+    def in_order(self) -> bool:
+        """Whether a calibrated run compresses the layers of a block in the order in which they run.
+
+        Each is then calibrated on what the compressed ones before it in the block produce, too, at the price of
+        running the block once for each group of layers with the same input. One such layer makes its block be
+        compressed so.
+        """
+        return False
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what of a config passed to ``from_pretrained`` counts for a packed checkpoint: ``run`` alone."""

@@ -282,7 +282,7 @@ def collect_inputs(linears: dict[str, nn.Module]) -> Iterator[dict[str, list[Ten
     seen: dict[str, list[Tensor]] = {name: [] for name in linears}
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda module, args: seen[name].append(args[0].detach())
+        return lambda module, args: seen[name].append(args[0])
 
     handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
     try:
@@ -302,16 +302,24 @@ def collect_cross(linears: dict[str, nn.Module], before: dict[str, list[Tensor]]
 
     Yields:
         By name Σ x x'ᵀ of earlier and present inputs, (in_features, in_features), float64; complete at the end.
+
+    Raises:
+        UnsupportedModelError: a layer receives other tokens now than before, as experts may; it is named.
     """
     sums: dict[str, Tensor] = {}
     calls = dict.fromkeys(linears, 0)
+    last: list[Tensor] = []  # the last pair of inputs and their product, for layers that share both
 
     def hook(name: str) -> Callable[..., None]:
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-            one, other = (x.detach().reshape(-1, x.shape[-1]).float() for x in (before[name][calls[name]], args[0]))
+            pair = before[name][calls[name]], args[0]
+            if pair[0].shape != pair[1].shape:
+                raise UnsupportedModelError(f"{name}: receives other tokens in the compressed model than in the dense")
             calls[name] += 1
-            product = (one.T @ other).double()
-            sums[name] = sums[name] + product if name in sums else product
+            if not last or last[0] is not pair[0] or last[1] is not pair[1]:
+                one, other = (x.detach().reshape(-1, x.shape[-1]).float() for x in pair)
+                last[:] = [*pair, (one.T @ other).double()]
+            sums[name] = sums[name] + last[2] if name in sums else last[2]
 
         return add
 
@@ -320,6 +328,65 @@ def collect_cross(linears: dict[str, nn.Module], before: dict[str, list[Tensor]]
         yield sums
     finally:
         for handle in handles:
+            handle.remove()
+        last.clear()
+
+
+def stages(block: nn.Module, hidden: Tensor, call: BlockCall, linears: dict[str, nn.Module]) -> list[list[str]]:
+    """Return the layers of a block in the order in which they run, those together that receive the same tensor.
+
+    Args:
+        block: the block.
+        hidden: one batch of its hidden states.
+        call: its other arguments for them.
+        linears: its layers by full name; those that do not run on this batch come last.
+    """
+    seen: list[tuple[str, Tensor]] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args: seen.append((name, args[0]))
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    try:
+        for _ in run_block(block, [hidden], [call]):
+            pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: list[list[str]] = []
+    last: Tensor | None = None
+    for name, inputs in seen:
+        if any(name in stage for stage in found):
+            continue
+        if inputs is not last:
+            found.append([])
+            last = inputs
+        found[-1].append(name)
+    idle = [name for name in linears if not any(name in stage for stage in found)]
+    return [*found, idle] if idle else found
+
+
+def run_until(block: nn.Module, hidden: list[Tensor], calls: list[BlockCall], last: nn.Module | None) -> None:
+    """Run a block over all batches, up to the call of one of its layers, whose other hooks have run by then.
+
+    Args:
+        block: the block.
+        hidden: its hidden states of each batch.
+        calls: its other arguments.
+        last: the layer, None to run all of the block.
+    """
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _StopForward
+
+    handle = None if last is None else last.register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad():
+            for states, call in zip(hidden, calls, strict=True):
+                with contextlib.suppress(_StopForward):
+                    call(block, states)
+    finally:
+        if handle is not None:
             handle.remove()
 
 

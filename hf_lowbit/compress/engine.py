@@ -192,13 +192,22 @@ class Run:
         return others
 
     def compress_layers(self, names: list[str], stats: Mapping[str, LinearStats | PairedStats]) -> None:
-        """Replace layers by their packed form and record them, in order.
+        """Replace layers by their packed form and record them, in order."""
+        self._record(self._replace(names, stats))
+
+    def _record(self, layers: dict[str, Format]) -> None:
+        """Put packed layers into the journal."""
+        if layers and self.journal is not None and self.team.leads:
+            self.journal.append(layers, [self.rows[name] for name in layers], self._table_of(list(layers)))
+
+    def _replace(self, names: list[str], stats: Mapping[str, LinearStats | PairedStats]) -> dict[str, Format]:
+        """Replace layers by their packed form, which is returned.
 
         Each layer is computed on one thread and several layers at a time: the many small operations of a fit do not
         profit from more threads, and the result does not depend on how many there are.
         """
         if not names:
-            return
+            return {}
         threads = torch.get_num_threads()
         weight: Any = self.model.get_submodule(names[0]).weight
         own: dict[str, tuple[Format, dict[str, Any]]] = {}
@@ -216,9 +225,7 @@ class Run:
         for name, (layer, row) in packed.items():
             self._place(name, layer, row)
         give_back_memory()
-        if self.journal is not None and self.team.leads:
-            rows = [self.rows[name] for name in names]
-            self.journal.append({name: layer for name, (layer, _) in packed.items()}, rows, self._table_of(names))
+        return {name: layer for name, (layer, _) in packed.items()}
 
     def _table_of(self, names: list[str]) -> dict[str, dict[str, Any]]:
         return {name: self.table[name] for name in names}
@@ -338,6 +345,7 @@ class Run:
         plan_stack(self, stack, measures)
         inside = [n for n in self.targets.methods if any(n.startswith(f"{prefix}.") for prefix in stack)]
         wanted = {stream for name in inside for stream in self.targets.methods[name].streams}
+        wanted |= {"dense"} if "cross" in wanted else set()
         # hidden states before the next block, in the model compressed so far and in the dense one
         states: dict[str, list[Tensor]] = {
             stream: measures.hidden for stream in ("compressed", "dense") if stream in wanted
@@ -378,7 +386,7 @@ class Run:
         if "dense" not in states:
             return Reference()
         layers = {name: self.model.get_submodule(name) for name in self._asking(names, "dense")}
-        kept = {name: layers[name] for name in self._asking(names, "cross")}
+        kept = {name: self.model.get_submodule(name) for name in self._asking(names, "cross")}
         sizes = [len(hidden) for hidden in states["dense"]]
         with capture.collect_stats(layers, sizes) as stats, capture.collect_inputs(kept) as inputs:
             outputs = capture.run_block(block, states["dense"], calls)
@@ -387,9 +395,10 @@ class Run:
         return Reference(stats, inputs)
 
     def _asking(self, names: list[str], stream: str) -> list[str]:
-        """Return the layers whose method asks for a stream of inputs."""
+        """Return the layers whose method asks for a stream of inputs; experts see other tokens in another model."""
         methods = self.targets.methods
-        return [name for name in names if methods[name].needs != "none" and stream in methods[name].streams]
+        asking = [name for name in names if methods[name].needs != "none" and stream in methods[name].streams]
+        return [name for name in asking if stream == "compressed" or not fused_name(name)]
 
     def _compress_block(
         self,
@@ -399,10 +408,36 @@ class Run:
         calls: list[capture.BlockCall],
         reference: Reference,
     ) -> None:
+        """Compress the layers of a block: at once, or in the order in which they run where a method asks for it."""
+        stages = [names]
+        if any(self.targets.methods[name].in_order for name in names):
+            layers = {name: self.model.get_submodule(name) for name in names if not fused_name(name)}
+            stages = capture.stages(block, hidden[0], calls[0], layers) if layers else []
+            experts = [name for name in names if fused_name(name)]  # they run in turn, two products each
+            stages += [experts] if experts else []
+        if len(stages) == 1:
+            self.compress_layers(names, self._observe(block, names, hidden, calls, reference, None))
+            return
+        packed: dict[str, Format] = {}
+        for stage in stages:
+            last = None if fused_name(stage[-1]) else self.model.get_submodule(stage[-1])
+            packed |= self._replace(stage, self._observe(block, stage, hidden, calls, reference, last))
+        self._record({name: packed[name] for name in names})  # as a whole: a run that goes on begins with a block
+
+    def _observe(
+        self,
+        block: nn.Module,
+        names: list[str],
+        hidden: list[Tensor],
+        calls: list[capture.BlockCall],
+        reference: Reference,
+        last: nn.Module | None,
+    ) -> dict[str, LinearStats | PairedStats]:
+        """Run a block, up to its layer ``last``, and return what its layers of these names receive."""
         layers = {name: self.model.get_submodule(name) for name in self._asking(names, "compressed")}
         experts = {name: layer for name, layer in layers.items() if fused_name(name)}
         others = {name: layer for name, layer in layers.items() if name not in experts}
-        crossed = {name: layers[name] for name in reference.inputs}
+        crossed = {name: layers[name] for name in names if name in reference.inputs}
         sizes = [len(states) for states in hidden]
         with (
             capture.collect_stats(others, sizes) as stats,
@@ -410,8 +445,7 @@ class Run:
             capture.collect_cross(crossed, reference.inputs) as cross,
         ):
             if layers:
-                for _ in capture.run_block(block, hidden, calls):
-                    pass
+                capture.run_until(block, hidden, calls, last)
         # a layer that no token reached gets empty statistics, which raise, naming it, when a method asks for them
         found: dict[str, LinearStats] = {
             name: stats.get(name) or of_experts.get(name) or LinearStats(name, features(layer)[1])
@@ -427,10 +461,11 @@ class Run:
             )
         ready: dict[str, LinearStats | PairedStats] = {name: s for name, s in found.items() if name not in idle}
         for name in names:
-            if name in reference.stats or is_for_attention(self.targets.methods[name]):
+            known = name in reference.stats or name in reference.inputs
+            if known or is_for_attention(self.targets.methods[name]):
                 product = self.team.total(cross[name]) if name in cross else None
                 ready[name] = PairedStats(reference.stats.get(name), found.get(name), product)
-        self.compress_layers(names, ready)
+        return ready
 
 
 def keep_memory_in_pieces() -> None:

@@ -175,3 +175,25 @@ def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     largest = up.gather(0, up.abs().argmax(0, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0).to(up.dtype)
     return up * sign, down * sign.T
+
+
+def toward_dense(weight: Tensor, second_moment: Tensor, cross: Tensor, share: float, damping: float) -> Tensor:
+    """The weight whose outputs on present inputs come nearest to a mixture of its own and of the dense model's.
+
+    ``M = W ((1 - s) G + s C + δI) (G + δI)⁻¹`` minimises ``E‖W ((1 - s) x' + s x) - M x'‖²`` up to the damping, which
+    holds it at W in directions that x' hardly has. Factors fitted to M in place of W make up for a part of what blocks
+    before have changed.
+
+    Args:
+        weight: (n, m), W, float64.
+        second_moment: (m, m), G = Σ x' x'ᵀ over the inputs x' in the model as it is now, float64.
+        cross: (m, m), C = Σ x x'ᵀ with x, what the layer receives in the dense model, of the same scale.
+        share: s, from 0 (W itself) to 1.
+        damping: δ as a share of the mean diagonal of G.
+
+    Returns:
+        (n, m), float64.
+    """
+    ridge = damping * second_moment.diagonal().mean() * torch.eye(len(second_moment), dtype=weight.dtype).to(weight)
+    mixed = (1 - share) * second_moment + share * cross + ridge
+    return _solve(second_moment + ridge, (weight @ mixed).T).T

@@ -20,7 +20,10 @@ __all__ = ["AdaSVDConfig"]
 def _compress(unit: LinearUnit, stats: Any, options: AdaSVDConfig) -> LowRankFormat:
     moment = None if stats is None else stats.second_moment(torch.float64)
     tokens = None if stats is None else stats.tokens
-    return factorize(unit.weight, moment, options, unit.name, tokens, unit.trace)
+    cross = getattr(stats, "cross", None)  # experts have none
+    if cross is not None:
+        cross = cross * (2.0 / stats.seen.sequences)  # as the second moment is
+    return factorize(unit.weight, moment, options, unit.name, tokens, unit.trace, cross)
 
 
 def _plan(

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 Factors = tuple[Tensor, Tensor]
 # Share of the mean diagonal added to the second moment of a factor's inputs before integers make up for rounding.
 INTEGER_DAMPING = 0.01
+# The same for the target that makes up for changed inputs.
+TARGET_DAMPING = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,7 @@ def factorize(
     where: str,
     tokens: int | None = None,
     trace: list[dict[str, Any]] | None = None,
+    cross: Tensor | None = None,
 ) -> LowRankFormat:
     """Factorize one linear layer.
 
@@ -67,6 +70,8 @@ def factorize(
         where: name of the layer, for its ratio and for messages.
         tokens: how many inputs the second moment is of, None if there are plenty.
         trace: receives one row: rank, error of the start and after each refit, whether the moment was damped.
+        cross: (m, m), Σ x x'ᵀ with x, what the layer receives in the dense model, of the same scale as the second
+            moment of x', what it receives in the compressed one; None if they are alike.
 
     Returns:
         The packed weight, also where its rank saves nothing; a run leaves such a layer dense.
@@ -82,6 +87,8 @@ def factorize(
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{where}: weight holds NaN or infinity")
     moment, damped = _usable(second_moment, weight.shape[1], options.damping, where, tokens)
+    if cross is not None and moment is not None and options.dense_target:
+        weight = low_rank.toward_dense(weight, moment, cross.double(), options.dense_target, TARGET_DAMPING)
     (up, down), errors = best_factors(weight, moment, rank, options.init, options.iterations)
     up, down = low_rank.balance(up, down)
     if options.factors != "float":

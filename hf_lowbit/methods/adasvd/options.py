@@ -56,6 +56,16 @@ class AdaSVDConfig(CalibratedConfig):
         choices=("whitened", "svd"),
     )
     iterations: int = option(1, "refits of U and of V after truncation (adaComp, τ)", low=0, high=1000)
+    sequential: bool = option(
+        True, "compress the layers of a block in the order in which they run, each on what those before it produce"
+    )
+    dense_target: float = option(
+        0.5,
+        "what factors aim at, on inputs that compression has changed: from the weight's own outputs (0) to those of "
+        "the dense model (1)",
+        low=0.0,
+        high=1.0,
+    )
     rank_multiple: int = option(
         1, "ranks are rounded down to a multiple of it; 16 suits tensor cores", low=1, high=256
     )
@@ -132,6 +142,16 @@ class AdaSVDConfig(CalibratedConfig):
                 )
             values = {**values, "factor_config": LowBitConfig.from_dict(inner)}
         return super()._from_values(values)
+
+    @property
+    def streams(self) -> frozenset[str]:
+        """Whose inputs are asked for, see :attr:`LowBitConfig.streams`."""
+        return frozenset({"compressed", "cross"} if self.dense_target else {"compressed"})
+
+    @property
+    def in_order(self) -> bool:
+        """Whether layers of a block are compressed in the order in which they run."""
+        return self.sequential
 
     @property
     def floor(self) -> float:
