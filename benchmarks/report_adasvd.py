@@ -40,6 +40,24 @@ KNOWN_LAYERS: dict[str, tuple[tuple[float, ...], ...]] = {
         (0.16091, 0.02811, 0.03250, 0.02815),
     ),
 }
+# Runs in which compressed layers feed the next ones.
+IN_SEQUENCE = {
+    "blocks, uniform": "block by block, own outputs, uniform",
+    "blocks, adaCR": "block by block, own outputs, adaCR",
+    "layers, adaCR": "layer by layer, own outputs, adaCR",
+    "blocks, half way, adaCR": "block by block, half way to the dense outputs, adaCR",
+    "layers, half way, uniform": "layer by layer, half way to the dense outputs, uniform",
+    "layers, half way, adaCR": "**layer by layer, half way to the dense outputs, adaCR (default)**",
+    "64 samples": "the default with 64 sequences for calibration",
+    "all the way": "the default, all the way to the dense outputs",
+}
+# Runs with the default options but for how factors are held.
+HELD = {
+    "layers, half way, adaCR": "bfloat16",
+    "int8": 'integers of 8 bits (`factors="int8"`)',
+    "int4": 'integers of 4 bits (`factors="int4"`)',
+    "signs": "signs (`factors=ARBConfig()`)",
+}
 NOT_YET = "Not measured yet."
 
 
@@ -58,8 +76,8 @@ def perplexities() -> str:
         found = [variants.get(f"{ratio}, {title}", {}).get("perplexity") for ratio in RATIOS]
         known, paper = KNOWN.get(title, (None,) * 3), PUBLISHED.get(title, (None,) * 3)
         rows.append([title, *(number(p, 1) for p in found), _joined(known), _joined(paper[1:])])
-    for kind, title in (("uniform", "in sequence, uniform"), ("adaCR", "**in sequence, adaCR (default)**")):
-        found = [runs.get(f"{ratio}, {kind}", {}).get("perplexity") for ratio in RATIOS]
+    for way, title in IN_SEQUENCE.items():
+        found = [runs.get(f"{ratio}, {way}", {}).get("perplexity") for ratio in RATIOS]
         if any(found):
             rows.append([title, *(number(p, 1) for p in found), "–", "–"])
     header = ["kept", *RATIOS, "known: 0.8, 0.6, 0.4", "paper, LLaMA2-7B: 0.6, 0.4"]
@@ -88,6 +106,20 @@ def budget() -> str:
             f"{environment['threads']} thread, niced on a machine with other work)."
         )
     return text
+
+
+def held() -> str:
+    """Return perplexity and bytes of models whose factors are held in different ways."""
+    runs = (_part("sequential") or {}).get("runs", {})
+    rows = []
+    for name, title in HELD.items():
+        run = runs.get(f"0.6, {name}")
+        if run is not None:
+            share = run["bytes"] / (2 * run["weights"])
+            cells = [number(run["perplexity"], 1), f"{run['output_error']:.4f}", f"{16 * share:.2f}"]
+            rows.append([title, *cells, f"{run['bytes'] / 1e6:.1f}"])
+    header = ["factors, kept 0.6", "perplexity", "output error", "bits per weight of the layers", "MB of the layers"]
+    return table(header, rows) if rows else NOT_YET
 
 
 def layers() -> str:
@@ -154,6 +186,7 @@ def decode() -> str:
 TABLES = {
     "adasvd-perplexity": perplexities,
     "adasvd-budget": budget,
+    "adasvd-held": held,
     "adasvd-layers": layers,
     "adasvd-ratios": ratios,
     "adasvd-products": products,

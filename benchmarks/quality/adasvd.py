@@ -30,7 +30,7 @@ import assets
 import hf_lowbit
 from benchmarks.common import read_results, write_result
 from benchmarks.quality.pbs2p import dense_statistics, manual
-from hf_lowbit import AdaSVDConfig, PackedLinear, RunOptions, packed_modules, registry
+from hf_lowbit import AdaSVDConfig, ARBConfig, PackedLinear, RunOptions, packed_modules, registry
 from hf_lowbit.calibration import capture
 from hf_lowbit.formats import LowRankFormat
 from hf_lowbit.methods.adasvd.options import rank_of, stays_dense
@@ -48,14 +48,31 @@ VARIANTS = {
     "whitened SVD, adaCR with cos": ("whitened", 0, "cos"),
 }
 LAYERS = ("15.self_attn.q_proj", "15.mlp.gate_proj", "15.mlp.down_proj", "28.self_attn.o_proj")
+# how layers are calibrated -> options; the last is the default
+WAYS: dict[str, dict[str, Any]] = {
+    "blocks": {"sequential": False, "dense_target": 0.0},
+    "layers": {"dense_target": 0.0},
+    "blocks, half way": {"sequential": False},
+    "layers, half way": {},
+}
 # name of the run -> options
 SEQUENTIAL: dict[str, dict[str, Any]] = {
-    "0.6, uniform": {"ratio": 0.6, "importance": "uniform"},
-    "0.6, adaCR": {"ratio": 0.6},
-    "0.4, adaCR": {"ratio": 0.4},
-    "0.8, adaCR": {"ratio": 0.8},
-    "0.4, uniform": {"ratio": 0.4, "importance": "uniform"},
-    "0.8, uniform": {"ratio": 0.8, "importance": "uniform"},
+    "0.6, layers, half way, adaCR": {"ratio": 0.6},
+    "0.8, layers, half way, adaCR": {"ratio": 0.8},
+    "0.4, layers, half way, adaCR": {"ratio": 0.4},
+    "0.6, blocks, half way, adaCR": {"ratio": 0.6, **WAYS["blocks, half way"]},
+    "0.6, layers, adaCR": {"ratio": 0.6, **WAYS["layers"]},
+    "0.6, layers, half way, uniform": {"ratio": 0.6, "importance": "uniform"},
+    **{
+        f"{ratio}, blocks, {kind}": {"ratio": ratio, "importance": importance, **WAYS["blocks"]}
+        for ratio in RATIOS
+        for kind, importance in (("adaCR", "one_minus_cos"), ("uniform", "uniform"))
+    },
+    "0.6, int4": {"ratio": 0.6, "factors": "int4"},
+    "0.6, int8": {"ratio": 0.6, "factors": "int8"},
+    "0.6, signs": {"ratio": 0.6, "factors": ARBConfig()},
+    "0.6, 64 samples": {"ratio": 0.6, "samples": 64},
+    "0.6, all the way": {"ratio": 0.6, "dense_target": 1.0},
 }
 
 
@@ -159,12 +176,14 @@ def sequential(titles: list[str]) -> dict[str, Any]:
             continue
         model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.bfloat16)
         began = time.perf_counter()
-        options = SEQUENTIAL[title]
-        config = AdaSVDConfig(calibration=calibration, samples=32, run=RunOptions(progress=False), **options)
+        options = {"samples": 32, **SEQUENTIAL[title]}
+        tokens = calibration if options["samples"] == 32 else _more(options["samples"], heldout)
+        config = AdaSVDConfig(calibration=tokens, run=RunOptions(progress=False), **options)
         report = hf_lowbit.quantize(model, config)
         seconds = time.perf_counter() - began
         dense = [name for name, reason in report.dense.items() if "save nothing" in reason]
-        numbers = sum(row["bytes"] // 2 for row in report.rows)
+        layers = packed_modules(model).values()
+        numbers = sum(layer.spec.rank * (layer.in_features + layer.out_features) for layer in layers)
         numbers += sum(model.get_submodule(name).weight.numel() for name in dense)
         total = sum(row["weights"] for row in report.rows)
         total += sum(model.get_submodule(name).weight.numel() for name in dense)
@@ -172,6 +191,9 @@ def sequential(titles: list[str]) -> dict[str, Any]:
             "perplexity": perplexity(model, heldout, 4),
             "output_error": statistics.mean(row["output_error"] for row in report.rows),
             "kept": numbers / total,
+            "bytes": sum(row["bytes"] for row in report.rows)
+            + 2 * sum(model.get_submodule(name).weight.numel() for name in dense),
+            "weights": total,
             "left_dense": len(dense),
             "seconds": seconds,
             "ratios": dict(model.config.quantization_config.layers or {}),
@@ -179,6 +201,13 @@ def sequential(titles: list[str]) -> dict[str, Any]:
         print(title, found[title]["perplexity"], f"{seconds:.0f} s", flush=True)
         write_result("quality_adasvd/sequential", {"runs": found})
     return {"runs": found}
+
+
+def _more(samples: int, heldout: Tensor) -> Tensor:
+    """Return more sequences of the same text, none of them among those to measure on."""
+    taken = {tuple(row) for row in heldout.tolist()}
+    windows = manual(2 * samples)[0]
+    return torch.stack([row for row in windows if tuple(row.tolist()) not in taken][::2][:samples])
 
 
 def _random_layer(dense: nn.Linear, ratio: float) -> PackedLinear:

@@ -71,6 +71,33 @@ def test_compress_save_load_generate(dense, tmp_path):
     assert torch.allclose(logits(restored), logits(model), atol=1e-4)
 
 
+def test_layers_are_compressed_on_what_those_before_them_produce(dense):
+    """Each group of a block, in the order in which it runs, on the compressed outputs; or all on the dense ones."""
+    calls = {}
+    for sequential in (True, False):
+        seen = []
+        own = Run._replace
+
+        def watch(self, names, stats, own=own, seen=seen):
+            tokens_of = {name: one.tokens for name, one in stats.items()}
+            cross = {name: one.cross - one.seen.total for name, one in stats.items()}
+            seen.append((names, tokens_of, cross))
+            return own(self, names, stats)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "_replace", watch)
+            compress(dense, small(sequential=sequential))
+        calls[sequential] = seen
+    assert [len(names) for names, _, _ in calls[True]] == [3, 1, 2, 1] * 4
+    assert [len(names) for names, _, _ in calls[False]] == [7] * 4
+    assert all(count == 8 * 24 for seen in calls.values() for _, own, _ in seen for count in own.values())
+    # in the first block dense and compressed inputs are the same, unless layers before are compressed already
+    first = [max(float(gap.abs().max()) for gap in cross.values()) for _, _, cross in calls[True][:4]]
+    assert first[0] < 1e-3 < min(first[1:])
+    together = {name: float(gap.abs().max()) for name, gap in calls[False][0][2].items()}
+    assert max(together.values()) < 1e-3
+
+
 def test_inspect_shows_the_rank_of_every_layer(dense, tmp_path):
     save_model(compress(dense, small(factor_dtype="bfloat16")), tmp_path / "packed")
     found = inspect(tmp_path / "packed")

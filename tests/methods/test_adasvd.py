@@ -239,6 +239,49 @@ def test_plan():
         plan_of(AdaSVDConfig(layers={"layers.0": 0.5}))
 
 
+# Targets that follow the dense model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_target_is_the_least_squares_fit_to_mixed_outputs(share):
+    weight, dense = layer()
+    rng = np.random.default_rng(1)
+    seen = dense + 0.5 * rng.normal(size=dense.shape) * dense.std()
+    wanted = (1 - share) * weight @ seen + share * weight @ dense
+    want = np.linalg.lstsq(seen.T, wanted.T, rcond=None)[0].T
+    w, g = tensors(weight, seen)
+    found = low_rank.toward_dense(w, g, torch.tensor(dense @ seen.T), share, 0.0)
+    np.testing.assert_allclose(found.numpy(), want, atol=1e-8 * np.abs(want).max())
+    held = low_rank.toward_dense(w, g, torch.tensor(dense @ seen.T), share, 1e9)
+    np.testing.assert_allclose(held.numpy(), weight, rtol=1e-6, atol=1e-6)
+
+
+def test_factors_of_the_target_are_nearer_to_the_dense_outputs():
+    """Factors that aim at the dense outputs leave less of their error, on inputs that were not used to fit them."""
+    weight, dense = layer(tokens=6000)
+    rng = np.random.default_rng(1)
+    noise = rng.normal(size=(40, 8)) @ rng.normal(size=(8, 6000))  # errors of earlier layers lie in few directions
+    seen = dense + 0.3 * dense.std() * noise
+    fit, judged = slice(0, 4000), slice(4000, None)
+    w, g = tensors(weight, seen[:, fit])
+    cross = torch.tensor(dense[:, fit] @ seen[:, fit].T)
+    errors = []
+    for share in (0.0, 0.5, 1.0):
+        config = AdaSVDConfig(ratio=0.8, dense_target=share)
+        found = factorize(w.float(), g, config, "layer", cross=cross).unpack().double().numpy()
+        errors.append(np.linalg.norm(weight @ dense[:, judged] - found @ seen[:, judged]))
+    assert errors[2] < errors[1] < 0.9 * errors[0]
+    unused = factorize(w.float(), g, AdaSVDConfig(ratio=0.8, dense_target=0.0), "layer", cross=cross)
+    assert torch.equal(unused.unpack(), factorize(w.float(), g, AdaSVDConfig(ratio=0.8), "layer").unpack())
+
+
+def test_streams_and_order_follow_the_options():
+    assert AdaSVDConfig().streams == {"compressed", "cross"}
+    assert AdaSVDConfig(dense_target=0.0).streams == {"compressed"}
+    assert AdaSVDConfig().in_order
+    assert not AdaSVDConfig(sequential=False).in_order
+
+
 # One layer -------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,11 @@ Started from the whitened truncation *of the same second moment* adaComp has not
 there is; from the plain decomposition it converges to it. Both are tested, and of the start and all refits the best is
 kept. The last refit of U sees V as it is stored, which takes back part of the rounding; so it does where factors are
 integers or signs: V is held so that its own outputs are kept, U is refitted to what V became, and held likewise.
+
+What lowers the loss of a whole model beyond the best fit of each layer lies between layers. Each is fitted to what it
+receives once the layers before it are compressed, and what it aims at lies half way between its own outputs there and
+integers or signs: V is held so that its outputs are kept, U is refitted to what V became, and held likewise.
+``benchmarks/README.md``.
 """
 
 from __future__ import annotations
