@@ -19,8 +19,8 @@ kept. The last refit of U sees V as it is stored, which takes back part of the r
 integers or signs: V is held so that its own outputs are kept, U is refitted to what V became, and held likewise.
 
 What lowers the loss of a whole model beyond the best fit of each layer lies between layers. Each is fitted to what it
-receives once the layers before it are compressed, and what it aims at lies half way between its own outputs there and
-integers or signs: V is held so that its outputs are kept, U is refitted to what V became, and held likewise.
+receives once the layers before it are compressed, and aims half way between its own outputs there and those of the
+dense model, which makes up for a part of earlier errors. The paper has neither; what each brings is measured in
 ``benchmarks/README.md``.
 """
 
