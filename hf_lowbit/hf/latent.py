@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from hf_lowbit import registry
-from hf_lowbit.cache import attach_latent_attention, check_attention
-from hf_lowbit.cache.attention import LatentAttention
-from hf_lowbit.cache.projection import is_latent
+from hf_lowbit.cache import attach_latent_attention, check_attention, detach_latent_attention
+from hf_lowbit.compress.projections import is_for_attention, projection_of, rule_for
 from hf_lowbit.config import LowBitConfig
-from hf_lowbit.recipe import rules_of
+from hf_lowbit.errors import UnsupportedModelError
+from hf_lowbit.fused_qkv import FUSED, split_fused_qkv
+from hf_lowbit.hf.packed import name_in
+from hf_lowbit.recipe import matches, rules_of
 
 
-def check_cache(model: Any, config: LowBitConfig) -> None:
-    """Refuse a model whose attention could not work on latents, if a config asks for them.
+def prepare_cache(model: Any, config: LowBitConfig) -> None:
+    """Look at a dense model that a config makes latents for, and take its fused projections apart.
 
     Args:
-        model: dense, in memory or on ``meta``.
+        model: dense, in memory or on ``meta``; changed where one layer computes queries, keys and values.
         config: a method's config or a recipe.
 
     Raises:
-        UnsupportedModelError: attention modules are not of a known structure; all are named.
+        UnsupportedModelError: attention modules that would be compressed are not of a known structure, all are named;
+            or their projections are fused in a model on ``meta``.
         ValueError: rules of a recipe differ in how the cache, of which there is one, holds latents.
     """
-    if _cache_options(config) is not None:
-        check_attention(model)
+    if _cache_options(config) is None:
+        return
+    fused = [name for name, module in model.named_modules() if FUSED in module._modules and _covered(config, name)]
+    if fused and any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"{fused[0]}: computes queries, keys and values in one layer, which can be taken apart in memory only; load "
+            "the dense model and call hf_lowbit.quantize(model, config)"
+        )
+    split_fused_qkv(model, fused)
+    owners = {
+        name.rpartition(".")[0]
+        for name, _ in model.named_modules()
+        if projection_of(model, name) is not None and _covered(config, name) and _latent_rule(model, config, name)
+    }
+    if owners:  # a run without any refuses by itself, and says what it looked for
+        check_attention(model, owners)
+
+
+def split_listed(model: Any, table: Mapping[str, Any]) -> None:
+    """Take fused projections apart, on ``meta``, of which a module table lists the keys or values as packed."""
+    known = {name for name, module in model.named_modules() if FUSED in module._modules}
+    listed = {name_in(model, name.rpartition(".")[0], known) for name in table}
+    split_fused_qkv(model, listed & known)
+
+
+def _covered(config: LowBitConfig, name: str) -> bool:
+    rules = [pattern for pattern, rule in rules_of(config) if is_for_attention(rule)]
+    return any(matches(pattern, name) for pattern in rules) and not any(matches(p, name) for p in config.skip)
+
+
+def _latent_rule(model: Any, config: LowBitConfig, name: str) -> bool:
+    rule, _ = rule_for(model, config, name)
+    return rule is not None and is_for_attention(rule)
 
 
 def attach_cache(model: Any, config: LowBitConfig) -> None:
@@ -35,16 +69,14 @@ def attach_cache(model: Any, config: LowBitConfig) -> None:
 
 
 def detach_cache(model: Any) -> None:
-    """Let attention modules work on keys and values again where these are dense again."""
-    for module in model.modules():
-        if isinstance(module, LatentAttention) and not is_latent(module._modules.get("k_proj")):
-            module.__class__ = type(module).__mro__[2]  # the model's own, see hf_lowbit.cache.attention
+    """Let attention modules work on keys and values again, which are dense now."""
+    detach_latent_attention(model)
 
 
-def _cache_options(config: LowBitConfig) -> dict[str, int | None] | None:
+def _cache_options(config: LowBitConfig) -> dict[str, Any] | None:
     """Return how the cache of a config holds latents, None if it holds none."""
-    rules = [rule for _, rule in rules_of(config) if registry.get(rule.method).unit == "attention"]
-    found = [(getattr(rule, "latent_bits", 16), getattr(rule, "recent_window", 0)) for rule in rules]
+    rules: list[Any] = [rule for _, rule in rules_of(config) if is_for_attention(rule)]
+    found = [(rule.latent_bits, rule.recent_window) for rule in rules]
     if len(set(found)) > 1:
         raise ValueError("a model has one cache: latent_bits and recent_window must be alike in all rules of a recipe")
     if not found:

@@ -23,7 +23,7 @@ from hf_lowbit.compress.engine import check_calibration
 from hf_lowbit.compress.headers import names_metadata
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig, calibration_kind
 from hf_lowbit.errors import CheckpointError
-from hf_lowbit.hf.latent import attach_cache, check_cache, detach_cache
+from hf_lowbit.hf.latent import attach_cache, detach_cache, prepare_cache, split_listed
 from hf_lowbit.hf.packed import (
     build_skeleton,
     check_stored_config,
@@ -104,6 +104,7 @@ class LowBitHfQuantizer(HfQuantizer):
         _refuse_files_elsewhere(model, checkpoint_files or [])
         if self.pre_quantized:
             self._files = safetensors_of(checkpoint_files)
+            split_listed(model, self.quantization_config.modules or {})
             build_skeleton(model, self.quantization_config.modules or {}, self._files)
             self.quantization_config = _named_as_in(model, self.quantization_config)
             attach_cache(model, self.quantization_config)
@@ -111,7 +112,7 @@ class LowBitHfQuantizer(HfQuantizer):
             return model
         source = dense_source(checkpoint_files, getattr(model, "base_model_prefix", ""))
         config = self.quantization_config
-        check_cache(model, config)
+        prepare_cache(model, config)
         with torch.device("cpu"):  # transformers builds the model under "meta", which calibration data must not follow
             self._intake = Intake(Run(model, config, source, _tokenizer_for(config, model)))
         return model
@@ -260,7 +261,7 @@ def register() -> None:
 
 def quantize(model: Any, config: LowBitConfig) -> RunReport:
     """Compress a transformers model that is already in memory, in place; see :func:`hf_lowbit.quantize`."""
-    check_cache(model, config)
+    prepare_cache(model, config)
     finished, report = compress_model(model, config, _tokenizer_for(config, model))
     attach_cache(model, finished)
     model.hf_quantizer = LowBitHfQuantizer(finished, pre_quantized=True)

@@ -36,8 +36,16 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
-# methods of another unit, whose contract has tests of its own
-OTHER_UNITS: dict[str, str] = {"recalkv": "tests/contract/test_attention.py"}
+# the same for methods of unit "attention", whose contract is in test_attention.py
+ATTENTION: dict[str, list[dict[str, Any]]] = {
+    "recalkv": [
+        {"rank_multiple": 1},
+        {"rank_multiple": 1, "key_group_size": 2, "grouping": "cka", "ocmf": "sequential", "ocmf_for": "both"},
+        {"rank_multiple": 2, "key_group_size": 2, "value_group_size": 2, "ratio": 0.4, "factor_dtype": "float32"},
+        {"rank_multiple": 1, "key_group_size": 3, "ragged_groups": True, "latent_bits": 4},
+        {"rank_multiple": 1, "ocmf": "cross", "ratio": 0.3},
+    ],
+}
 
 # method -> options of the plain baseline of its kind
 BASELINE: dict[str, dict[str, Any]] = {

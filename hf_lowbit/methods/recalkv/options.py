@@ -90,6 +90,8 @@ class ReCalKVConfig(CalibratedConfig):
         found += planned_problems(
             self.layers, "a rank", lambda rank: type(rank) is int and rank >= 1, "an integer of at least 1"
         )
+        if self.recent_window and self.latent_bits == 16:
+            found.append("recent_window needs latent_bits below 16: otherwise every token is kept as computed")
         return found
 
     def _values(self) -> dict[str, Any]:
