@@ -31,8 +31,8 @@ def prepare_cache(model: Any, config: LowBitConfig) -> None:
     fused = [name for name, module in model.named_modules() if FUSED in module._modules and _covered(config, name)]
     if fused and any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise UnsupportedModelError(
-            f"{fused[0]}: computes queries, keys and values in one layer, which can be taken apart in memory only; load "
-            "the dense model and call hf_lowbit.quantize(model, config)"
+            f"{fused[0]}: computes queries, keys and values in one layer, which can be taken apart in memory only; "
+            "load the dense model and call hf_lowbit.quantize(model, config)"
         )
     split_fused_qkv(model, fused)
     owners = {
@@ -48,7 +48,7 @@ def split_listed(model: Any, table: Mapping[str, Any]) -> None:
     """Take fused projections apart, on ``meta``, of which a module table lists the keys or values as packed."""
     known = {name for name, module in model.named_modules() if FUSED in module._modules}
     listed = {name_in(model, name.rpartition(".")[0], known) for name in table}
-    split_fused_qkv(model, listed & known)
+    split_fused_qkv(model, [name for name in known if name in listed])
 
 
 def _covered(config: LowBitConfig, name: str) -> bool:
