@@ -6,7 +6,13 @@ from the model's own, :func:`cache_bytes` counts what a cache holds, :func:`save
 cache of a long prefix in a file.
 """
 
-from hf_lowbit.cache.adapters import attach_latent_attention, attention_modules, check_attention, structure_of
+from hf_lowbit.cache.adapters import (
+    attach_latent_attention,
+    attention_modules,
+    check_attention,
+    detach_latent_attention,
+    structure_of,
+)
 from hf_lowbit.cache.attention import convert_attention
 from hf_lowbit.cache.cache import ReCalKVCache, cache_bytes
 from hf_lowbit.cache.projection import LatentProjection
@@ -20,6 +26,7 @@ __all__ = [
     "cache_bytes",
     "check_attention",
     "convert_attention",
+    "detach_latent_attention",
     "load_cache",
     "save_cache",
     "structure_of",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from torch import nn
@@ -25,7 +25,7 @@ from transformers.cache_utils import (
 
 from hf_lowbit.cache.attention import LatentAttention, Structure, convert_attention
 from hf_lowbit.cache.probe import difference, norm_shift
-from hf_lowbit.cache.projection import is_latent
+from hf_lowbit.cache.projection import become, is_latent
 from hf_lowbit.errors import UnsupportedModelError
 from hf_lowbit.fused_qkv import FUSED
 
@@ -33,6 +33,7 @@ _PROJECTIONS = {"q_proj", "k_proj", "v_proj"}
 _OUTPUTS = ("o_proj", "out_proj", "dense")
 _NORMS = {"q_norm", "k_norm"}
 _LATENT_ATTENTION = ("kv_b_proj", "kv_a_proj_with_mqa")
+_OWN = ("latent_structure", "latent_bits", "recent_window", "_latent_layout")
 _PLAIN = (bool, int, float, str, type(None))
 _TOLERANCE = 1e-4  # relative; rounding gives 1e-6
 
@@ -67,13 +68,31 @@ def attach_latent_attention(model: nn.Module, latent_bits: int | None = None, re
     return len(wanted)
 
 
-def check_attention(model: nn.Module) -> list[str]:
-    """Return the names of all attention modules that keep a cache, if each of them can work on latents.
+def detach_latent_attention(model: nn.Module) -> int:
+    """Give attention modules whose projections are dense again back to the model's own class; return their number."""
+    modules: list[Any] = [
+        module
+        for module in model.modules()
+        if isinstance(module, LatentAttention) and not any(map(is_latent, module.children()))  # type: ignore[attr-defined]
+    ]
+    for module in modules:
+        become(module, type(module).__mro__[2])
+        for name in [name for name in vars(module) if name in _OWN]:
+            delattr(module, name)
+    return len(modules)
+
+
+def check_attention(model: nn.Module, names: Container[str] | None = None) -> list[str]:
+    """Return the names of attention modules that keep a cache, if each of them can work on latents.
+
+    Args:
+        model: in memory or on ``meta``.
+        names: of the modules to look at; all by default.
 
     Raises:
         UnsupportedModelError: some cannot, or there are none; all are named, with the reason.
     """
-    found = dict(attention_modules(model))
+    found = {name: module for name, module in attention_modules(model) if names is None or name in names}
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__} has no attention module that keeps a cache of its own")
     _structures(model, found)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.cache.layers import LatentLayer, Layout, check_codes, claim
-from hf_lowbit.cache.projection import LatentProjection, is_latent
+from hf_lowbit.cache.projection import LatentProjection, become, is_latent
 from hf_lowbit.kernels import latent_attention
 
 # With another implementation than these a single token, too, goes through the function that was asked for.
@@ -94,8 +94,7 @@ class LatentAttention:
             out = decode(self, query, layer, keys, values, attention_mask).unsqueeze(1)
         else:
             out, weights = self._attend(query, keys, values, layer, position_embeddings, attention_mask, kwargs)
-        out = own.get_submodule(structure.output)(out.flatten(2))
-        return out, weights
+        return getattr(own, structure.output)(out.flatten(2)), weights
 
     def _check_call(self, kwargs: dict[str, Any]) -> None:
         own: Any = self
@@ -221,7 +220,7 @@ def convert_attention(
         LatentProjection.of(projection)
     if not isinstance(attention, LatentAttention):
         stock: Any = type(attention)
-        attention.__class__ = latent_class(stock)
+        become(attention, latent_class(stock))
     attention.latent_structure = structure
     attention.latent_bits, attention.recent_window = latent_bits or 0, recent_window
     attention.__dict__.pop("_latent_layout", None)

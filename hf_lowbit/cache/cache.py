@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
@@ -46,6 +47,8 @@ class ReCalKVCache(Cache):
             raise ValueError(f"max_cache_len must be None or an integer from 1, got {max_cache_len!r}")
         if recent_window and max_cache_len is not None:
             raise ValueError(f"recent_window={recent_window} needs a growing cache; leave max_cache_len out")
+        if offloading and not torch.accelerator.is_available():
+            raise ValueError("offloading moves layers between an accelerator and the CPU, and there is no accelerator")
         if max_cache_len is None:
             stock: Cache = DynamicCache(config=config)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import types
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class LatentProjection(PackedLinear):
         if layer.format_type is not LatentFormat:
             raise TypeError(f"a projection of format {layer.format_type.name!r} has no latents")
         if not isinstance(layer, cls):
-            layer.__class__ = cls
+            become(layer, cls)
         projection: Any = layer
         return projection
 
@@ -72,6 +73,20 @@ def _stamp(packed: LatentFormat) -> str:
     flat = packed.down.detach().reshape(-1)
     sample = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous().view(torch.uint8)
     return hashlib.sha256(repr(packed.spec).encode() + sample.numpy().tobytes()).hexdigest()[:16]
+
+
+def become(module: Any, kind: Any) -> None:
+    """Change the class of a module, also of one whose forward pass accelerate has wrapped.
+
+    Raises:
+        ValueError: its forward pass was replaced by something else, which would hide that of the new class.
+    """
+    wrapped = "_old_forward" in vars(module)  # accelerate keeps there what it calls
+    if "forward" in vars(module) and not wrapped:
+        raise ValueError(f"the forward pass of this {type(module).__name__} was replaced by another library")
+    module.__class__ = kind
+    if wrapped:
+        module._old_forward = types.MethodType(kind.forward, module)
 
 
 def is_latent(module: nn.Module | None) -> bool:

@@ -74,7 +74,11 @@ def save_cache(cache: Cache, model: nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: the cache is empty or static, not all of its layers hold latents, or another model filled it.
+        FileNotFoundError: there is no folder for the file.
     """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder; make it first")
     attentions = attention_by_layer(model)
     layers: list[Any] = list(cache.layers)
     for index, layer in enumerate(layers):
@@ -105,7 +109,6 @@ def save_cache(cache: Cache, model: nn.Module, path: str | Path) -> None:
         recent=first.layout.recent,
         layers=len(layers),
     )
-    path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(tensors, partial, metadata={_KEY: json.dumps(dataclasses.asdict(header))})
