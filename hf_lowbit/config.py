@@ -269,6 +269,11 @@ class LowBitConfig(QuantizationConfigMixin, metaclass=_ByMethodName):
         """
         return False
 
+    @property
+    def stack_into(self) -> int:
+        """Number of averages of the calibration samples that are gathered beside their sums; 0 for none."""
+        return 0
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what of a config passed to ``from_pretrained`` counts for a packed checkpoint: ``run`` alone."""
         return {"run": self.run}

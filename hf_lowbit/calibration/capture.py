@@ -332,6 +332,55 @@ def collect_cross(linears: dict[str, nn.Module], before: dict[str, list[Tensor]]
         last.clear()
 
 
+@contextlib.contextmanager
+def collect_stacked(linears: dict[str, nn.Module], samples: int, buckets: int) -> Iterator[dict[str, Tensor]]:
+    """Average samples, position by position, while a block runs within the ``with`` statement ("stack of batch").
+
+    Args:
+        linears: layers by full name, which receive (sequences, length, in_features).
+        samples: sequences in all.
+        buckets: how many averages there are; each takes the same number of samples, drawn at random, but the last may
+            take fewer.
+
+    Yields:
+        By name, once the statement has ended, ``(2 / buckets) Σ x̄ x̄ᵀ`` over the averages, (in_features, in_features),
+        float64. It is not that of the samples: averages keep the mean and lose most of the covariance.
+
+    Raises:
+        UnsupportedModelError: a layer receives its tokens in another form; it is named.
+
+    Source: AdaSVD (arXiv 2502.01403), Eq. 14 and 15.
+    """
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(0)) // -(-samples // buckets)
+    sums: dict[str, Tensor] = {}
+    seen = dict.fromkeys(linears, 0)
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs = args[0].detach().float()
+            own = order[seen[name] : seen[name] + len(inputs)]
+            if inputs.dim() != 3 or len(own) != len(inputs):
+                raise UnsupportedModelError(f"{name}: receives {tuple(args[0].shape)}, whose samples cannot be told")
+            if name not in sums:
+                sums[name] = inputs.new_zeros((int(order.max()) + 1, *inputs.shape[1:]))
+            sums[name].index_add_(0, own.to(inputs.device), inputs)
+            seen[name] += len(inputs)
+
+        return add
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    try:
+        yield found
+        counts = torch.bincount(order)
+        for name, total in sums.items():
+            means = (total / counts[:, None, None].to(total)).flatten(0, 1).double()
+            found[name] = means.T @ means * (2.0 / len(counts))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def stages(block: nn.Module, hidden: Tensor, call: BlockCall, linears: dict[str, nn.Module]) -> list[list[str]]:
     """Return the layers of a block in the order in which they run, those together that receive the same tensor.
 

@@ -76,11 +76,14 @@ class PairedStats:
         compressed: in the model whose blocks before this one are compressed, if that was asked for.
         cross: (in_features, in_features), float64, Σ x x'ᵀ of dense and compressed inputs over the same tokens, if
             both were and their products, too.
+        stacked: (in_features, in_features), float64, second moment of averages of the compressed inputs over samples,
+            if that was asked for (``LowBitConfig.stack_into``).
     """
 
     dense: LinearStats | None = None
     compressed: LinearStats | None = None
     cross: Tensor | None = None
+    stacked: Tensor | None = None
 
     @property
     def seen(self) -> LinearStats:

@@ -439,10 +439,13 @@ class Run:
         others = {name: layer for name, layer in layers.items() if name not in experts}
         crossed = {name: layers[name] for name in names if name in reference.inputs}
         sizes = [len(states) for states in hidden]
+        buckets = max((self.targets.methods[name].stack_into for name in others), default=0)
+        averaged = {name: layer for name, layer in others.items() if self.targets.methods[name].stack_into}
         with (
             capture.collect_stats(others, sizes) as stats,
             capture.collect_stats(experts) as of_experts,
             capture.collect_cross(crossed, reference.inputs) as cross,
+            capture.collect_stacked(averaged, sum(sizes), -(-buckets // self.team.size) or 1) as stacked,
         ):
             if layers:
                 capture.run_until(block, hidden, calls, last)
@@ -461,10 +464,11 @@ class Run:
             )
         ready: dict[str, LinearStats | PairedStats] = {name: s for name, s in found.items() if name not in idle}
         for name in names:
-            known = name in reference.stats or name in reference.inputs
+            known = name in reference.stats or name in reference.inputs or name in averaged
             if known or is_for_attention(self.targets.methods[name]):
                 product = self.team.total(cross[name]) if name in cross else None
-                ready[name] = PairedStats(reference.stats.get(name), found.get(name), product)
+                means = self.team.total(stacked[name]) if name in stacked else None
+                ready[name] = PairedStats(reference.stats.get(name), found.get(name), product, means)
         return ready
 
 

@@ -78,6 +78,32 @@ def test_products_of_inputs_in_two_models():
     assert not left_by_hooks(block)
 
 
+@pytest.mark.parametrize("buckets", [1, 2, 3, 4])
+def test_averages_of_samples(buckets):
+    """Four samples in two batches; with as many buckets as samples nothing is averaged."""
+    block, hidden, calls = observed()
+    layers = {"q": linears_of(block)["self_attn.q_proj"]}
+    with capture.collect_inputs(layers) as seen, capture.collect_stacked(layers, 4, buckets) as found:
+        capture.run_until(block, hidden, calls, None)
+    samples = torch.cat(seen["q"]).double()
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(0)) // -(-4 // buckets)
+    means = torch.cat([samples[order == bucket].mean(0) for bucket in range(int(order.max()) + 1)])
+    want = means.T @ means * 2 / (int(order.max()) + 1)
+    torch.testing.assert_close(found["q"], want, rtol=1e-5, atol=1e-6)
+    assert not left_by_hooks(block)
+
+
+def test_samples_that_cannot_be_told_are_named():
+    block, hidden, calls = observed()
+    layers = {"q": linears_of(block)["self_attn.q_proj"]}
+    with (
+        pytest.raises(UnsupportedModelError, match=r"q: receives .*, whose samples cannot be told"),
+        capture.collect_stacked(layers, 3, 2),
+    ):
+        capture.run_until(block, hidden, calls, None)
+    assert not left_by_hooks(block)
+
+
 def test_layers_that_receive_other_tokens_are_named():
     block, hidden, calls = observed()
     layers = {"q": linears_of(block)["self_attn.q_proj"]}

@@ -98,6 +98,14 @@ def test_layers_are_compressed_on_what_those_before_them_produce(dense):
     assert max(together.values()) < 1e-3
 
 
+def test_stacked_samples_reach_the_refits(dense):
+    """As many buckets as samples: the same second moment, in another order; fewer: other factors."""
+    models = [compress(dense, small(buckets=buckets, iterations=2)) for buckets in (0, 8, 2)]
+    weights = [packed_modules(m)["model.layers.1.mlp.down_proj"].packed.unpack() for m in models]
+    assert torch.allclose(weights[0], weights[1], atol=1e-3 * float(weights[0].abs().max()))
+    assert float((weights[2] - weights[0]).norm() / weights[0].norm()) > 0.01
+
+
 def test_inspect_shows_the_rank_of_every_layer(dense, tmp_path):
     save_model(compress(dense, small(factor_dtype="bfloat16")), tmp_path / "packed")
     found = inspect(tmp_path / "packed")

@@ -154,6 +154,28 @@ def test_stack_of_batch_is_an_approximation():
     assert approximate > 1.001 * best
 
 
+@pytest.mark.parametrize("buckets", [4, 16])
+def test_refits_on_stacked_samples(buckets):
+    """No step raises the error on the averages; that on the samples rises, unless every sample is its own average."""
+    weight, inputs = layer(tokens=1600)
+    w, g = tensors(weight, inputs)
+    averages = oracle.stack_of_batch(inputs.T.reshape(16, 100, -1), buckets).reshape(-1, len(inputs))
+    stacked = torch.tensor(averages.T @ averages)
+    trace = []
+    options = AdaSVDConfig(ratio=0.6, iterations=4, buckets=buckets)
+    found = factorize(w, g, options, "layer", trace=trace, stacked=stacked).unpack().double()
+    errors = trace[0]["errors"]
+    assert len(errors) == 9
+    assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(errors))
+    plain = factorize(w, g, AdaSVDConfig(ratio=0.6, iterations=4), "layer").unpack().double()
+    on_samples = [float(((r @ g) * r).sum()) for r in (w - found, w - plain)]
+    if buckets == 16:
+        assert on_samples[0] == pytest.approx(on_samples[1], rel=1e-6)
+    else:
+        assert errors[-1] < 0.99 * errors[0]
+        assert on_samples[0] > 1.001 * on_samples[1]
+
+
 def test_balanced_factors():
     w, g = tensors(*layer())
     factors = low_rank.truncate(w, g, 9)
@@ -279,6 +301,7 @@ def test_streams_and_order_follow_the_options():
     assert AdaSVDConfig().streams == {"compressed", "cross"}
     assert AdaSVDConfig(dense_target=0.0).streams == {"compressed"}
     assert AdaSVDConfig().in_order
+    assert (AdaSVDConfig().stack_into, AdaSVDConfig(buckets=32, samples=8).stack_into) == (0, 8)
     assert not AdaSVDConfig(sequential=False).in_order
 
 

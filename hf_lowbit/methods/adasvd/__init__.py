@@ -23,7 +23,8 @@ def _compress(unit: LinearUnit, stats: Any, options: AdaSVDConfig) -> LowRankFor
     cross = getattr(stats, "cross", None)  # experts have none
     if cross is not None:
         cross = cross * (2.0 / stats.seen.sequences)  # as the second moment is
-    return factorize(unit.weight, moment, options, unit.name, tokens, unit.trace, cross)
+    stacked = getattr(stats, "stacked", None)
+    return factorize(unit.weight, moment, options, unit.name, tokens, unit.trace, cross, stacked)
 
 
 def _plan(

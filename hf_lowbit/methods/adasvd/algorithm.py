@@ -12,7 +12,7 @@ X Xᵀ    second_moment  (m, m), Σ x xᵀ up to a factor
 
 Source: AdaSVD (arXiv 2502.01403), Algorithm 1; whitened truncation of SVD-LLM (arXiv 2403.07378).
 Differs: the refits (adaComp) need the inputs through their second moment alone, so all samples count and none have to
-be averaged to fit into memory ("stack of batch", which divides the covariance of the inputs and raises the error).
+be averaged to fit into memory. "Stack of batch" is an option; it divides the covariance and raises the error.
 Started from the whitened truncation *of the same second moment* adaComp has nothing to gain, since that is the best
 there is; from the plain decomposition it converges to it. Both are tested, and of the start and all refits the best is
 kept. The last refit of U sees V as it is stored, which takes back part of the rounding; so it does where factors are
@@ -65,6 +65,7 @@ def factorize(
     tokens: int | None = None,
     trace: list[dict[str, Any]] | None = None,
     cross: Tensor | None = None,
+    stacked: Tensor | None = None,
 ) -> LowRankFormat:
     """Factorize one linear layer.
 
@@ -77,6 +78,7 @@ def factorize(
         trace: receives one row: rank, error of the start and after each refit, whether the moment was damped.
         cross: (m, m), Σ x x'ᵀ with x, what the layer receives in the dense model, of the same scale as the second
             moment of x', what it receives in the compressed one; None if they are alike.
+        stacked: (m, m), second moment of averages of the inputs over samples, which the refits see instead; or None.
 
     Returns:
         The packed weight, also where its rank saves nothing; a run leaves such a layer dense.
@@ -94,31 +96,30 @@ def factorize(
     moment, damped = _usable(second_moment, weight.shape[1], options.damping, where, tokens)
     if cross is not None and moment is not None and options.dense_target:
         weight = low_rank.toward_dense(weight, moment, cross.double(), options.dense_target, TARGET_DAMPING)
-    (up, down), errors = best_factors(weight, moment, rank, options.init, options.iterations)
+    refit_moment = moment if stacked is None or moment is None else stacked.double()
+    start = low_rank.truncate(weight, None if options.init == "svd" else moment, rank)
+    (up, down), errors = best_refit(weight, refit_moment, start, options.iterations)
     up, down = low_rank.balance(up, down)
     if options.factors != "float":
         found = _held(weight, moment, (up, down), options, where, dtype)
     else:
         up, down = up.to(dtype), down.to(dtype)
         if options.iterations:
-            up = _refit_rounded(weight, moment, (up, down))
+            up = _refit_rounded(weight, refit_moment, (up, down))
         found = LowRankFormat.pack(up, down, dtype)
     if trace is not None:
-        whole = low_rank.output_error(weight, moment, torch.zeros_like(up), down) or 1.0
+        whole = low_rank.output_error(weight, refit_moment, torch.zeros_like(up), down) or 1.0
         trace.append({"rank": rank, "errors": [error / whole for error in errors], "damped": damped})
     return found
 
 
-def best_factors(
-    weight: Tensor, moment: Tensor | None, rank: int, init: str, iterations: int
-) -> tuple[Factors, list[float]]:
-    """Truncate, refit, and keep what leaves the least error.
+def best_refit(weight: Tensor, moment: Tensor | None, start: Factors, iterations: int) -> tuple[Factors, list[float]]:
+    """Refit factors, and keep what leaves the least error.
 
     Returns:
         The factors, and the errors of the start and after each step.
     """
-    best = start = low_rank.truncate(weight, None if init == "svd" else moment, rank)
-    errors = [low_rank.output_error(weight, moment, *start)]
+    best, errors = start, [low_rank.output_error(weight, moment, *start)]
     for factors in low_rank.alternate(weight, moment, *start, iterations):
         error = low_rank.output_error(weight, moment, *factors)
         if error < min(errors):

@@ -56,6 +56,12 @@ class AdaSVDConfig(CalibratedConfig):
         choices=("whitened", "svd"),
     )
     iterations: int = option(1, "refits of U and of V after truncation (adaComp, τ)", low=0, high=1000)
+    buckets: int = option(
+        0,
+        "averages of samples that the refits see, as the paper's stack of batch; 0: all samples as they are",
+        low=0,
+        high=2**24,
+    )
     sequential: bool = option(
         True, "compress the layers of a block in the order in which they run, each on what those before it produce"
     )
@@ -152,6 +158,11 @@ class AdaSVDConfig(CalibratedConfig):
     def in_order(self) -> bool:
         """Whether layers of a block are compressed in the order in which they run."""
         return self.sequential
+
+    @property
+    def stack_into(self) -> int:
+        """Number of averages of the calibration samples that are asked for."""
+        return min(self.buckets, self.samples)
 
     @property
     def floor(self) -> float:
