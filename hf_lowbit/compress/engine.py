@@ -37,7 +37,7 @@ from hf_lowbit.compress.targets import plan_run
 from hf_lowbit.compress.team import Team
 from hf_lowbit.config import CalibratedConfig, CalibrationRecord, LowBitConfig
 from hf_lowbit.errors import CheckpointError, UnsupportedModelError
-from hf_lowbit.experts import fused_name, fused_parameters, take_apart
+from hf_lowbit.experts import fused_name, fused_parameters, put_together, take_apart
 from hf_lowbit.formats import Format
 from hf_lowbit.layers import PackedLinear, dense_weight, features, stored_shape
 from hf_lowbit.recipe import rules_of
@@ -89,6 +89,7 @@ class Run:
         if self.targets.unwanted:
             listed = "; ".join(f"{name}: {reason}" for name, reason in self.targets.unwanted.items())
             logger.warning("%d layers stay dense although nothing skips them (%s)", len(self.targets.unwanted), listed)
+        self._refuse_idle_run()
         take_apart_experts(model, self.targets.methods)
         self._check_weights()
         self.record: CalibrationRecord | None = None
@@ -102,6 +103,33 @@ class Run:
             Path(self.options.report).write_text("", encoding="utf-8")
         self.bar: Any = None
         self.report: RunReport | None = None
+
+    def _refuse_idle_run(self) -> None:
+        """Refuse a run in which every method would gain nothing on every layer.
+
+        Raises:
+            UnsupportedModelError: says why.
+        """
+        reasons: dict[str, None] = {}
+        for name in self.targets.methods:
+            reason = self._reason_to_leave(name)
+            if reason is None:
+                return
+            reasons[reason] = None
+        raise UnsupportedModelError(f"no layer would be compressed, all stay dense ({'; '.join(reasons)})")
+
+    def _reason_to_leave(self, name: str) -> str | None:
+        """Return why the method of a layer gains nothing on it, None if it does; asked by shape alone."""
+        options = self.targets.methods[name]
+        reason_for = registry.get(options.method).leaves_dense
+        if reason_for is None:
+            return None
+        if has_module(self.model, name):
+            return reason_for(name, features(self.model.get_submodule(name)), options)
+        owner, _, leaf = str(fused_name(name)).rpartition(".")
+        experts: Any = self.model.get_submodule(owner)
+        shape = tuple(fused_parameters(experts)[leaf].shape[1:])
+        return reason_for(name, (shape[1], shape[0]) if experts.is_transposed else (shape[0], shape[1]), options)
 
     def _check_weights(self) -> None:
         """Refuse a model with non-finite or misshapen weights before the long work starts; all of them are named.
@@ -176,20 +204,25 @@ class Run:
         return deferred
 
     def leave_dense(self, names: list[str]) -> list[str]:
-        """Leave those layers dense on which their method would gain nothing, with their weights; return the others."""
-        others = []
-        for name in names:
-            options = self.targets.methods[name]
-            reason_for = registry.get(options.method).leaves_dense
-            reason = reason_for and reason_for(name, features(self.model.get_submodule(name)), options)
-            if reason and not fused_name(name):  # dense experts belong into their one parameter
-                self.materialize([name])
-                del self.targets.methods[name]
-                self.targets.dense[name] = reason
-                logger.info("%s stays dense: %s", name, reason)
-            else:
-                others.append(name)
-        return others
+        """Leave those layers dense on which their method would gain nothing, with their weights; return the others.
+
+        Experts of which none is packed go back into the one parameter that they come from.
+        """
+        reasons = {name: reason for name in names if (reason := self._reason_to_leave(name))}
+        self.materialize(list(reasons))
+        for name, reason in reasons.items():
+            del self.targets.methods[name]
+            self.targets.dense[name] = reason
+            logger.info("%s stays dense: %s", name, reason)
+        for parameter in dict.fromkeys(filter(None, map(fused_name, reasons))):
+            if not any(fused_name(name) == parameter for name in self.targets.methods):
+                owner, _, leaf = parameter.rpartition(".")
+                put_together(self.model.get_submodule(owner), leaf)
+                own = [name for name in self.targets.dense if fused_name(name) == parameter]
+                self.targets.dense[parameter] = self.targets.dense[own[0]]
+                for name in own:
+                    del self.targets.dense[name]
+        return [name for name in names if name not in reasons]
 
     def compress_layers(self, names: list[str], stats: Mapping[str, LinearStats | PairedStats]) -> None:
         """Replace layers by their packed form and record them, in order."""

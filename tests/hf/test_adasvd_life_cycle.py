@@ -199,9 +199,40 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bytes(dense, tmp_path, monk
 
 
 @pytest.mark.parametrize("calibration", [None, tokens(8)], ids=["no data", "tokens"])
-def test_ratio_one_leaves_nothing_to_compress(dense, calibration):
+@pytest.mark.parametrize(
+    "options", [{"ratio": 1.0}, {"layers": {f"model.layers.{i}": 1.0 for i in range(4)}}], ids=["ratio", "layers"]
+)
+def test_a_run_that_would_compress_nothing_is_refused_before_the_work(dense, calibration, options, monkeypatch):
+    def too_late(*arguments):
+        raise AssertionError("weights are read, or inputs gathered")
+
+    monkeypatch.setattr(Run, "_check_weights", too_late)
     with pytest.raises(UnsupportedModelError, match=r"all stay dense .*factors would save nothing at ratio 1"):
-        compress(dense, small(ratio=1.0, calibration=calibration))
+        compress(dense, small(calibration=calibration, **options))
+
+
+@pytest.mark.parametrize("calibration", [None, tokens(8)], ids=["no data", "tokens"])
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_experts_at_ratio_one_go_back_into_their_parameter(architecture, calibration, tmp_path):
+    """A block at ratio 1 keeps its experts as the dense model has them, in memory, on disk and loaded again."""
+    tiny_model(architecture).save_pretrained(tmp_path / "dense")
+    layers = {"model.layers.0": 1.0, "model.layers.1": 0.4}
+    model = compress(tmp_path / "dense", small(calibration=calibration, layers=layers))
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    for leaf in ("gate_up_proj", "down_proj"):
+        kept_whole = getattr(model.model.layers[0].mlp.experts, leaf)
+        assert torch.equal(kept_whole, getattr(original.model.layers[0].mlp.experts, leaf))
+        reason = model.config.quantization_config.left_dense[f"model.layers.0.mlp.experts.{leaf}"]
+        assert "save nothing" in reason
+        assert f"model.layers.1.mlp.experts.each_{leaf}.3" in model.config.quantization_config.modules
+    assert not any(".each_" in name for name in model.config.quantization_config.left_dense)
+    save_model(model, tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(model))
+    assert inspect(tmp_path / "packed").total_bytes
+    whole = tiny_model(architecture)
+    hf_lowbit.quantize(whole, small(calibration=calibration, layers=layers))
+    assert torch.allclose(logits(whole), logits(model), atol=1e-4)
 
 
 def test_without_data(dense, tmp_path):
