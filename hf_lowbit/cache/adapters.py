@@ -102,7 +102,8 @@ def check_attention(model: nn.Module, names: Container[str] | None = None) -> li
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield ``(name, module)`` of what takes part in a cache: transformers gives such a module its ``layer_idx``."""
     for name, module in model.named_modules():
-        if type(module).__name__.endswith("Attention") and getattr(module, "layer_idx", None) is not None:
+        known = type(module).__name__.endswith("Attention") or bool({"k_proj", FUSED} & set(module._modules))
+        if known and getattr(module, "layer_idx", None) is not None:
             yield name, module
 
 

@@ -239,7 +239,7 @@ class TestCompiled:
     @pytest.mark.slow
     @pytest.mark.parametrize("family", ["mistral", "gemma3", "phi3"])
     def test_windows(self, family):
-        """The stock layer counts the tokens of a window in a Python number, so a second graph is made for any number."""
+        """The stock layer counts the tokens of a window in a Python number: a second graph is made for any number."""
         self.assert_one_graph(compress(dense_model(family), grouped=True), None, "aot_eager", graphs=2)
 
     def assert_one_graph(self, latent, bits, backend, graphs=1):
