@@ -8,7 +8,6 @@ activations. A run without data takes the layers in the order in which they come
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import json
 import logging
 import sys
@@ -27,6 +26,7 @@ from hf_lowbit import registry
 from hf_lowbit.calibration import capture
 from hf_lowbit.calibration.data import calibration_tokens
 from hf_lowbit.calibration.stats import LinearStats, PairedStats
+from hf_lowbit.compress import observation
 from hf_lowbit.compress.journal import Journal, run_identity
 from hf_lowbit.compress.measures import StackMeasures
 from hf_lowbit.compress.outcome import RunReport, finished_config, relative_errors
@@ -44,14 +44,6 @@ from hf_lowbit.recipe import rules_of
 
 logger = logging.getLogger(__name__)
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """What layers of a block receive in the dense model: statistics, and the inputs themselves where asked for."""
-
-    stats: Mapping[str, LinearStats] = dataclasses.field(default_factory=dict)
-    inputs: dict[str, list[Tensor]] = dataclasses.field(default_factory=dict)
 
 
 class Run:
@@ -379,6 +371,8 @@ class Run:
         inside = [n for n in self.targets.methods if any(n.startswith(f"{prefix}.") for prefix in stack)]
         wanted = {stream for name in inside for stream in self.targets.methods[name].streams}
         wanted |= {"dense"} if "cross" in wanted else set()
+        done = self.journal is not None and all(name in self.journal for name in inside)
+        gradients = {} if done else self._gradients(measures, inside)
         # hidden states before the next block, in the model compressed so far and in the dense one
         states: dict[str, list[Tensor]] = {
             stream: measures.hidden for stream in ("compressed", "dense") if stream in wanted
@@ -389,7 +383,7 @@ class Run:
             if not done:
                 self.materialize(names)
             own = [call[i] for call in measures.calls(block)]
-            reference = self._observe_dense(block, names, states, own)
+            reference = observation.of_dense_block(self, block, names, states, own)
             if not (done or self.restored(names)):
                 self._compress_block(block, names, states.get("compressed", []), own, reference)
             if "compressed" in states:
@@ -408,101 +402,24 @@ class Run:
                     layer: Any = self.model.get_submodule(name)
                     layer.weight = nn.Parameter(layer.weight.new_zeros(1), requires_grad=False)
 
-    def _observe_dense(
-        self, block: nn.Module, names: list[str], states: dict[str, list[Tensor]], calls: list[capture.BlockCall]
-    ) -> Reference:
-        """Run a block with its dense weights on what the dense blocks before it produce, and move those states on.
-
-        Returns:
-            By name the statistics of layers that ask for them, and the inputs of those that will compare them.
-        """
-        if "dense" not in states:
-            return Reference()
-        layers = {name: self.model.get_submodule(name) for name in self._asking(names, "dense")}
-        kept = {name: self.model.get_submodule(name) for name in self._asking(names, "cross")}
-        sizes = [len(hidden) for hidden in states["dense"]]
-        with capture.collect_stats(layers, sizes) as stats, capture.collect_inputs(kept) as inputs:
-            outputs = capture.run_block(block, states["dense"], calls)
-            states["dense"] = [capture.hidden_of(output) for output in outputs]
-        self.team.add_up(stats.values())
-        return Reference(stats, inputs)
-
-    def _asking(self, names: list[str], stream: str) -> list[str]:
-        """Return the layers whose method asks for a stream of inputs; experts see other tokens in another model."""
-        methods = self.targets.methods
-        asking = [name for name in names if methods[name].needs != "none" and stream in methods[name].streams]
-        return [name for name in asking if stream == "compressed" or not fused_name(name)]
-
     def _compress_block(
         self,
         block: nn.Module,
         names: list[str],
         hidden: list[Tensor],
         calls: list[capture.BlockCall],
-        reference: Reference,
+        reference: observation.Reference,
     ) -> None:
         """Compress the layers of a block: at once, or in the order in which they run where a method asks for it."""
-        stages = [names]
-        if any(self.targets.methods[name].in_order for name in names):
-            layers = {name: self.model.get_submodule(name) for name in names if not fused_name(name)}
-            stages = capture.stages(block, hidden[0], calls[0], layers) if layers else []
-            experts = [name for name in names if fused_name(name)]  # they run in turn, two products each
-            stages += [experts] if experts else []
+        stages = observation.stages(self, block, names, hidden, calls)
         if len(stages) == 1:
-            self.compress_layers(names, self._observe(block, names, hidden, calls, reference, None))
+            self.compress_layers(names, observation.of_block(self, block, names, hidden, calls, reference, None))
             return
         packed: dict[str, Format] = {}
         for stage in stages:
             last = None if fused_name(stage[-1]) else self.model.get_submodule(stage[-1])
-            packed |= self._replace(stage, self._observe(block, stage, hidden, calls, reference, last))
+            packed |= self._replace(stage, observation.of_block(self, block, stage, hidden, calls, reference, last))
         self._record({name: packed[name] for name in names})  # as a whole: a run that goes on begins with a block
-
-    def _observe(
-        self,
-        block: nn.Module,
-        names: list[str],
-        hidden: list[Tensor],
-        calls: list[capture.BlockCall],
-        reference: Reference,
-        last: nn.Module | None,
-    ) -> dict[str, LinearStats | PairedStats]:
-        """Run a block, up to its layer ``last``, and return what its layers of these names receive."""
-        layers = {name: self.model.get_submodule(name) for name in self._asking(names, "compressed")}
-        experts = {name: layer for name, layer in layers.items() if fused_name(name)}
-        others = {name: layer for name, layer in layers.items() if name not in experts}
-        crossed = {name: layers[name] for name in names if name in reference.inputs}
-        sizes = [len(states) for states in hidden]
-        buckets = max((self.targets.methods[name].stack_into for name in others), default=0)
-        averaged = {name: layer for name, layer in others.items() if self.targets.methods[name].stack_into}
-        with (
-            capture.collect_stats(others, sizes) as stats,
-            capture.collect_stats(experts) as of_experts,
-            capture.collect_cross(crossed, reference.inputs) as cross,
-            capture.collect_stacked(averaged, sum(sizes), -(-buckets // self.team.size) or 1) as stacked,
-        ):
-            if layers:
-                capture.run_until(block, hidden, calls, last)
-        # a layer that no token reached gets empty statistics, which raise, naming it, when a method asks for them
-        found: dict[str, LinearStats] = {
-            name: stats.get(name) or of_experts.get(name) or LinearStats(name, features(layer)[1])
-            for name, layer in layers.items()
-        }
-        self.team.add_up(found.values())
-        idle = [name for name in experts if not found[name].tokens]
-        if idle:
-            logger.warning(
-                "%d experts received no calibration token and are compressed from their weights alone (%s)",
-                len(idle),
-                ", ".join(idle[:10]) + (", ..." if len(idle) > 10 else ""),
-            )
-        ready: dict[str, LinearStats | PairedStats] = {name: s for name, s in found.items() if name not in idle}
-        for name in names:
-            known = name in reference.stats or name in reference.inputs or name in averaged
-            if known or is_for_attention(self.targets.methods[name]):
-                product = self.team.total(cross[name]) if name in cross else None
-                means = self.team.total(stacked[name]) if name in stacked else None
-                ready[name] = PairedStats(reference.stats.get(name), found.get(name), product, means)
-        return ready
 
 
 def keep_memory_in_pieces() -> None:
