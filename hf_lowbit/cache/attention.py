@@ -8,6 +8,11 @@ An attention module stays the object that it is; its class becomes one derived f
 * one token: :func:`decode`, one op on what the cache stores. Values are summed as latents and expanded once, keys are
   rebuilt by the op, which a kernel does on the way.
 
+Cached keys are rotated when they are read, with the frequencies of that moment. Rotary embeddings that change their
+frequencies with the length of a text ("dynamic" ones) therefore turn all keys anew, where a dense cache keeps those of
+the moment of writing: beyond the trained length the results differ. Those of Phi 3 ("longrope") do not, since its
+``generate`` empties the cache when they change; a cache that was passed in is not used from then on.
+
 Source: ReCalKV (arXiv 2505.24357), Palu (arXiv 2407.21118) for caching keys before rotation.
 """
 
@@ -281,7 +286,7 @@ def _step(
         positions = layer.visible_positions[:, place]
         frequencies, rope_scale = structure.frequencies(query.device)
     specs = [projection.spec for projection in projections]
-    out: tuple[Tensor, Tensor] = torch.ops.hf_lowbit.latent_decode(
+    return latent_attention.latent_decode(
         query[:, :, 0],
         stored[0][:, 0],
         stored[1][:, 0],
@@ -297,7 +302,6 @@ def _step(
         eps,
         bits,
     )
-    return out
 
 
 def norm_eps(norm: nn.Module) -> float:

@@ -116,14 +116,15 @@ def cache_bytes(cache: Cache) -> dict[str, int]:
         (layers that no latent attention has used) and their "total".
     """
     counts = dict.fromkeys(("latents", "codes", "recent", "positions", "dense"), 0)
-    seen: set[int] = set()
+    seen: set[tuple[torch.device, int]] = set()
     for layer in cache.layers:
         held = layer.held() if isinstance(layer, LatentLayer) else {"dense": _dense(layer)}
         for kind, tensors in held.items():
             for tensor in tensors:
                 storage = tensor.untyped_storage()
-                if storage.nbytes() and storage.data_ptr() not in seen:
-                    seen.add(storage.data_ptr())
+                place = storage.device, storage.data_ptr()
+                if storage.nbytes() and place not in seen:
+                    seen.add(place)
                     counts[kind] += storage.nbytes()
     return {**counts, "total": sum(counts.values())}
 

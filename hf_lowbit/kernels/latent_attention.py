@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hf_lowbit.kernels import dispatch
 from hf_lowbit.kernels.latent_codec import decode_rows, row_bytes
-from hf_lowbit.kernels.ops import LIBRARY
+from hf_lowbit.kernels.ops import LIBRARY, unobserved
 
 LIBRARY.define(
     "latent_decode(Tensor q, Tensor keys, Tensor values, Tensor up_k, Tensor up_v, Tensor? bias_k, Tensor? bias_v, "
@@ -258,6 +258,36 @@ def _decode(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _decode_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _check(q, *rest)
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def latent_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Attend from one new token per row to cached latents.
+
+    Args:
+        arguments: in this order
+
+            - q: (batch, heads, head_dim), normed and rotated.
+            - keys, values: (batch, tokens, sum of ranks) floating, or (batch, tokens, row_bytes) uint8.
+            - up_k, up_v: (key heads, head_dim, largest rank), zero beyond the rank of a head's group.
+            - bias_k, bias_v: key heads · head_dim numbers, or None.
+            - norm: (head_dim,), factors of an RMS norm of the keys, or None.
+            - positions: (batch, tokens) int32, and inv_freq: (rotated / 2,), or None for both.
+            - mask: (1 or batch, 1 or heads, tokens), boolean (true: seen) or added to the scores, or None.
+            - groups_k, ranks_k, groups_v, ranks_v: group of every head, rank of every group.
+            - scaling, rope_scale, eps: of the scores, of cosine and sine, of the norm.
+            - bits: 8, 4 or 3 for rows of codes, 0 for latents.
+
+    Returns:
+        Outputs (batch, heads, head_dim) in the dtype of q, and the logarithm of the softmax' sum (batch, heads) in
+        float32 (float64 for such a q).
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit.
+    """
+    if unobserved(arguments[0]):
+        return _decode(*arguments)
+    found: tuple[Tensor, Tensor] = torch.ops.hf_lowbit.latent_decode(*arguments)
+    return found
 
 
 LIBRARY.impl("latent_decode", _decode, "CompositeExplicitAutograd")
