@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_lowbit import RunOptions
+from hf_lowbit import AdaSVDConfig, RunOptions
 from hf_lowbit.calibration.stats import LinearStats
 from hf_lowbit.compress.team import Team
 from hf_lowbit.hf.save import REPORT_FILE, save_model
 from hf_lowbit.report.evaluate import evaluate
 from tests.compress.test_planning import sparse
 from tests.hf.test_transformers import logits, quick
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tokens
 
 # What each process runs. Several cases in one start, because a start takes longer than all of them.
 WORKER = """
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 import torch.distributed as dist
 from pathlib import Path
 from transformers import AutoModelForCausalLM
-from hf_lowbit import RunOptions
+from hf_lowbit import AdaSVDConfig, RunOptions
 from hf_lowbit.compress.team import join, leave
 from hf_lowbit.hf.save import REPORT_FILE, save_model
 from hf_lowbit.report.evaluate import evaluate
@@ -49,10 +49,13 @@ CASES = {
     "llama-data": {},
     "mixtral-data": {},
     "llama-sparse": {"n": 4},
+    "llama-ratio": {"ratio": 0.5},
 }
 
 
 def config_of(changes, run):
+    if "ratio" in changes:
+        return AdaSVDConfig(calibration=tokens(8), samples=8, run=run, **changes)
     return (sparse if "n" in changes else quick)(run=run, **changes)
 
 
@@ -114,6 +117,15 @@ def test_two_processes_plan_as_one(by_two, tmp_path):
     assert shared.layers == alone.layers
     for name, row in alone.modules.items():
         assert shared.modules[name]["error"] == pytest.approx(row["error"], rel=0.02)
+
+
+def test_two_processes_follow_the_dense_model_as_one(by_two, tmp_path):
+    """Products of dense and compressed inputs are summed over all, layer after layer of a block."""
+    alone = by_one(by_two, "llama-ratio", tmp_path / "one")
+    shared = AutoModelForCausalLM.from_pretrained(by_two / "llama-ratio")
+    assert shared.config.quantization_config.layers == pytest.approx(alone.config.quantization_config.layers)
+    difference = (logits(shared) - logits(alone)).square().mean() / logits(alone).square().mean()
+    assert float(difference) < 1e-6
 
 
 def test_journal_of_two_processes_serves_one(by_two, tmp_path):
