@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_adasvd, report_pbs2p
+from benchmarks import report_adasvd, report_pbs2p, report_texts
 from benchmarks.common import RESULTS, ROOT, read_results
 from benchmarks.tables import number as _number
 from benchmarks.tables import table as _table
@@ -214,6 +214,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     **report_pbs2p.TABLES,
     **report_adasvd.TABLES,
+    **report_texts.TABLES,
 }
 
 

@@ -217,9 +217,10 @@ def _random_layer(dense: nn.Linear, ratio: float) -> PackedLinear:
 
 
 def products() -> dict[str, Any]:
-    """Return times of one product in bfloat16: the op, its two products bare, and the dense weight.
+    """Return times of one product in bfloat16: the op, its two products bare, one of as many weights, the dense one.
 
-    Weights are many, so that each comes from memory, as in a model.
+    What a fused kernel could gain at most is the difference between two products and one that reads as much. Weights
+    are many, so that each comes from memory, as in a model.
     """
     rows = []
     for n, m, ratio in ((576, 576, 0.4), (1536, 576, 0.4), (4096, 4096, 0.4), (4096, 4096, 0.8)):
@@ -229,6 +230,7 @@ def products() -> dict[str, Any]:
         packed = [
             LowRankFormat.pack(torch.randn(n, rank), torch.randn(rank, m), torch.bfloat16) for _ in range(copies)
         ]
+        single = [torch.randn(round(rank * (n + m) / m), m).bfloat16() for _ in range(copies)]
         for batch in (1, 128):
             x = torch.randn(batch, m).bfloat16()
             ways: dict[str, Callable[[int], Any]] = {
@@ -237,6 +239,7 @@ def products() -> dict[str, Any]:
                 "bare": lambda turn, x=x, p=packed[::-1]: linear(
                     linear(x, p[turn % len(p)].down), p[turn % len(p)].up
                 ),
+                "single": lambda turn, x=x, s=single: linear(x, s[turn % len(s)]),
                 "dense": lambda turn, x=x, d=dense: linear(x, d[turn % len(d)]),
             }
             times = timed_in_turn(ways, 3.0)
