@@ -28,8 +28,8 @@ class AdaSVDConfig(CalibratedConfig):
     Factors may be integers, or held by another method: ``AdaSVDConfig(ratio=0.6, factors="int4")``, or, for one bit,
     ``AdaSVDConfig(ratio=0.6, factors=ARBConfig())``. Ratios still count numbers, whatever the bits of each.
 
-    A calibrated run with ``dense_target`` above 0 also runs the dense model, and holds what the layers of one block receive
-    in it: for each calibration token about three times the hidden and once the intermediate size.
+    A calibrated run with ``dense_target`` above 0 also runs the dense model, and holds what the layers of one block
+    receive in it: for each calibration token about three times the hidden and once the intermediate size.
 
     Attributes:
         layers: ratio of each decoder block by name. Filled by the run; given beforehand, these are used as they are.
