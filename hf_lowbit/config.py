@@ -256,6 +256,8 @@ class LowBitConfig(QuantizationConfigMixin, metaclass=_ByMethodName):
         """Whose inputs a calibrated run gathers: those in the "dense" model, in the "compressed" one so far, or both.
 
         With "cross" also the products of the one with the other, except of experts, which see other tokens in each.
+        With "gradients", which only methods of unit "attention" are given, also those of the dense model's loss with
+        respect to outputs, of ``gradient_samples`` sequences of ``gradient_length`` tokens.
         """
         return frozenset({"compressed"})
 

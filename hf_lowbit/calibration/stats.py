@@ -78,12 +78,15 @@ class PairedStats:
             both were and their products, too.
         stacked: (in_features, in_features), float64, second moment of averages of the compressed inputs over samples,
             if that was asked for (``LowBitConfig.stack_into``).
+        gradients: (out_features, out_features), float64, second moment of the gradients of the dense model's loss with
+            respect to the outputs, if that was asked for.
     """
 
     dense: LinearStats | None = None
     compressed: LinearStats | None = None
     cross: Tensor | None = None
     stacked: Tensor | None = None
+    gradients: Tensor | None = None
 
     @property
     def seen(self) -> LinearStats:

@@ -88,6 +88,7 @@ class Run:
         self.batches: list[Tensor] = []
         if calibrated is not None:
             self._draw(calibrated, tokenizer)
+        self.gradients: dict[str, Tensor] = {}  # of the loss with respect to outputs, see LowBitConfig.streams
         self.rows: dict[str, dict[str, Any]] = {}
         self.table: dict[str, dict[str, Any]] = {}
         self.journal = self._open_journal()
@@ -276,6 +277,8 @@ class Run:
         with torch.no_grad():
             weight = dense_weight(self.model.get_submodule(name))
             projection = projection_of(self.model, name) if is_for_attention(options) else None
+            if isinstance(stats, PairedStats):
+                stats.gradients = self.gradients.get(name)
             unit = registry.LinearUnit(name=name, weight=weight, projection=projection)
             packed = registry.get(options.method).compress(unit, stats, options)
             packed.validate(name)
@@ -371,8 +374,8 @@ class Run:
         inside = [n for n in self.targets.methods if any(n.startswith(f"{prefix}.") for prefix in stack)]
         wanted = {stream for name in inside for stream in self.targets.methods[name].streams}
         wanted |= {"dense"} if "cross" in wanted else set()
-        done = self.journal is not None and all(name in self.journal for name in inside)
-        gradients = {} if done else self._gradients(measures, inside)
+        if self.journal is None or not all(name in self.journal for name in inside):
+            self.gradients = measures.wanted_gradients(inside)
         # hidden states before the next block, in the model compressed so far and in the dense one
         states: dict[str, list[Tensor]] = {
             stream: measures.hidden for stream in ("compressed", "dense") if stream in wanted
@@ -386,6 +389,7 @@ class Run:
             reference = observation.of_dense_block(self, block, names, states, own)
             if not (done or self.restored(names)):
                 self._compress_block(block, names, states.get("compressed", []), own, reference)
+            self.gradients = {name: found for name, found in self.gradients.items() if name not in names}
             if "compressed" in states:
                 outputs = capture.run_block(block, states["compressed"], own)
                 states["compressed"] = [capture.hidden_of(output) for output in outputs]

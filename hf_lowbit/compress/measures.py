@@ -9,6 +9,7 @@ model, exactly, one block at a time.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,21 @@ if TYPE_CHECKING:
     from hf_lowbit.compress.engine import Run
 
 Calls = list[list[capture.BlockCall]]
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientStats:
+    """How the loss of a model depends on a linear layer.
+
+    Attributes:
+        fisher: mean, over the entries of the weight, of ``sqrt(mean over sequences of (∂ loss / ∂ entry)²)``; what
+            Palu (arXiv 2407.21118) and ReCalKV (arXiv 2505.24357) call Fisher information of a projection.
+        second_moment: (out_features, out_features), float64, mean over sequences of Σ g gᵀ over their tokens, with g
+            the gradient of the loss with respect to the layer's output for a token.
+    """
+
+    fisher: float
+    second_moment: Tensor
 
 
 class StackMeasures:
@@ -49,6 +65,7 @@ class StackMeasures:
         self.hidden = [states for states, _ in inputs]
         self._first_calls = [call for _, call in inputs]
         self._calls: Calls | None = None
+        self._gradients: tuple[Any, dict[str, GradientStats]] | None = None
 
     def calls(self, first: nn.Module | None = None) -> Calls:
         """Return for each batch the other arguments of every block.
@@ -98,8 +115,8 @@ class StackMeasures:
                 for name, module in own.items():
                     yield name, dense_weight(module), stats[name]
 
-    def fisher(self, names: Sequence[str], samples: int, length: int) -> dict[str, float]:
-        """Return how much the model's loss depends on layers of the dense model.
+    def gradients(self, names: Sequence[str], samples: int, length: int) -> dict[str, GradientStats]:
+        """Return how the model's loss depends on layers of the dense model; measured once for the same question.
 
         Args:
             names: of linear layers inside the blocks.
@@ -107,15 +124,29 @@ class StackMeasures:
             length: tokens of each.
 
         Returns:
-            By name the mean, over the entries of the weight, of ``sqrt(mean over sequences of (∂ loss / ∂ entry)²)``;
-            the loss is that of predicting the next token.
+            Statistics of the gradients by name; the loss is that of predicting the next token.
 
         Raises:
             UnsupportedModelError: the model has no output over its vocabulary.
             CalibrationError: a gradient is not finite; the layer is named.
-
-        Source: Palu (arXiv 2407.21118), Fisher information of a projection; ReCalKV (arXiv 2505.24357) uses it too.
         """
+        question = (tuple(names), samples, length)
+        if self._gradients is None or self._gradients[0] != question:
+            self._gradients = question, self._measured_gradients(names, samples, length)
+        return self._gradients[1]
+
+    def wanted_gradients(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return second moments of gradients for those of some layers whose method asks for them."""
+        methods: dict[str, Any] = {name: self._run.targets.methods[name] for name in names}
+        asking = {name: rule for name, rule in methods.items() if "gradients" in rule.streams and rule.needs != "none"}
+        found: dict[str, Tensor] = {}
+        for rule in {id(rule): rule for rule in asking.values()}.values():
+            own = [name for name in names if asking.get(name) is rule]
+            stats = self.gradients(own, rule.gradient_samples, rule.gradient_length)
+            found |= {name: stats[name].second_moment for name in own}
+        return found
+
+    def _measured_gradients(self, names: Sequence[str], samples: int, length: int) -> dict[str, GradientStats]:
         batches = [row[None, :length] for batch in self._batches for row in batch]
         team = self._run.team
         batches = batches[: -(-samples // team.size)]
@@ -130,16 +161,21 @@ class StackMeasures:
                 wraps = [capture.output_wrapper(output) for output in outputs]
                 kept.append([capture.hidden_of(output) for output in outputs])
         grads = [self._top_gradient(*one) for one in zip(batches, kept.pop(), wraps, strict=True)]
-        count = float(team.total(torch.tensor(float(len(batches)))))
-        found: dict[str, float] = {}
+        sequences = int(team.total(torch.tensor(float(len(batches)))))
+        found: dict[str, GradientStats] = {}
         backwards = dict(reversed(list(self._stack.items())))
         with contextlib.closing(self._run.dense_blocks(backwards)) as dense:
             for prefix, block in zip(backwards, dense, strict=True):
                 own = {name: self._run.model.get_submodule(name) for name in names if name.startswith(f"{prefix}.")}
-                squares, grads = _backward(block, own, kept.pop(), grads, [call[len(kept)] for call in calls])
-                for name, square in squares.items():
-                    found[name] = float((team.total(square) / count).sqrt().mean())
-                    if not math.isfinite(found[name]):
+                sums, grads = _backward(block, own, kept.pop(), grads, [call[len(kept)] for call in calls])
+                for name, (squares, products) in sums.items():
+                    found[name] = GradientStats(
+                        fisher=float((team.total(squares) / sequences).sqrt().mean()),
+                        second_moment=team.total(products) / sequences,
+                    )
+                    if not (
+                        math.isfinite(found[name].fisher) and bool(torch.isfinite(found[name].second_moment).all())
+                    ):
                         raise CalibrationError(f"{name}: its gradient is not finite")
         return {name: found[name] for name in names}
 
@@ -170,7 +206,7 @@ def _backward(
     hidden: list[Tensor],
     grads: list[Tensor],
     calls: list[capture.BlockCall],
-) -> tuple[dict[str, Tensor], list[Tensor]]:
+) -> tuple[dict[str, tuple[Tensor, Tensor]], list[Tensor]]:
     """Run a block again, backwards.
 
     Args:
@@ -181,11 +217,18 @@ def _backward(
         calls: its other arguments.
 
     Returns:
-        For each layer Σ gradient² over the sequences, float64, and the gradients with respect to its inputs.
+        For each layer, over the sequences and in float64, Σ squares of the weight's gradient and Σ products of the
+        gradients of its outputs; and the gradients with respect to the block's inputs.
     """
     weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
     before = {name: weight.requires_grad for name, weight in weights.items()}
     squares = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
+    products: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_hook(lambda _module, _args, out, name=name: outputs.__setitem__(name, out))
+        for name, layer in layers.items()
+    ]
     below = []
     try:
         for weight in weights.values():
@@ -193,12 +236,20 @@ def _backward(
         for states, grad, call in zip(hidden, grads, calls, strict=True):
             leaf = states.detach().requires_grad_(True)
             with torch.enable_grad():
-                output = capture.hidden_of(call(block, leaf))
-                found = torch.autograd.grad(output, [leaf, *weights.values()], grad.to(output.device))
+                last = capture.hidden_of(call(block, leaf))
+                wanted = [leaf, *weights.values(), *(outputs[name] for name in layers)]
+                found = torch.autograd.grad(last, wanted, grad.to(last.device))
             below.append(found[0])
-            for square, gradient in zip(squares.values(), found[1:], strict=True):
-                square += gradient.cpu().double().square()
+            for name, weight_grad, output_grad in zip(
+                layers, found[1 : len(layers) + 1], found[len(layers) + 1 :], strict=True
+            ):
+                squares[name] += weight_grad.cpu().double().square()
+                rows = output_grad.reshape(-1, output_grad.shape[-1]).float()
+                product = (rows.T @ rows).cpu().double()
+                products[name] = products[name] + product if name in products else product
     finally:
+        for handle in handles:
+            handle.remove()
         for name, weight in weights.items():
             weight.requires_grad_(before[name])
-    return squares, below
+    return {name: (squares[name], products[name]) for name in layers}, below

@@ -52,6 +52,23 @@ def leading_outputs(weight: Tensor, second_moment: Tensor | None) -> Tensor:
     return torch.linalg.qr(whitened @ _eigenvectors(whitened.T @ whitened)).Q
 
 
+def metric_roots(metric: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Symmetric square root of a metric of the outputs, and its inverse.
+
+    Args:
+        metric: (n, n), float64, symmetric and positive semi-definite; not zero.
+        damping: share of the mean eigenvalue that is added to all of them, above 0, so that there is an inverse.
+
+    Returns:
+        R and R⁻¹. With factors U', V of R W, the product R⁻¹U' V has the least error ``Tr(M E G Eᵀ)`` of its rank, for
+        the damped metric M and what is lost, E.
+    """
+    values, vectors = torch.linalg.eigh((metric + metric.T) / 2)
+    values = values.clamp(min=0)
+    values = values + damping * values.mean()
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+
+
 def output_energies(weight: Tensor, second_moment: Tensor | None) -> Tensor:
     """Energy of each direction of :func:`leading_outputs`, (n,), falling: eigenvalues of W G Wᵀ, none below zero.
 

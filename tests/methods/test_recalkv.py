@@ -9,6 +9,7 @@ import torch
 
 from hf_lowbit import ReCalKVConfig, registry
 from hf_lowbit.calibration.stats import LinearStats, PairedStats
+from hf_lowbit.compress.measures import GradientStats
 from hf_lowbit.methods.recalkv.algorithm import Inputs, factorize, group_heads
 from hf_lowbit.numerics import grouping, low_rank, ranks
 from hf_lowbit.numerics.rotation import spreading
@@ -37,9 +38,17 @@ def layer():
     return torch.cat(heads), inputs, inputs + 0.2 * torch.randn(400, COLUMNS, dtype=torch.float64)
 
 
-def moments(layer):
+def moments(layer, weighed=False):
     _, x, drifted = layer
-    return Inputs(x.T @ x, drifted.T @ drifted, x.T @ drifted)
+    return Inputs(x.T @ x, drifted.T @ drifted, x.T @ drifted, gradients() if weighed else None)
+
+
+def gradients():
+    """Second moment of the gradients at the outputs: some matter a hundred times as much as others."""
+    torch.manual_seed(2)
+    g = torch.randn(60, HEADS * ROWS, dtype=torch.float64) * torch.logspace(0, -1, HEADS * ROWS).double()
+    g = g @ torch.linalg.qr(torch.randn(HEADS * ROWS, HEADS * ROWS).double()).Q
+    return 1e-6 * g.T @ g
 
 
 def error(layer, found, drifted=False):
@@ -235,10 +244,10 @@ def test_one_threshold_over_all_matrices():
 class Told:
     """Measurements that are known beforehand."""
 
-    def __init__(self, fisher, inputs=()):
-        self.values, self.inputs, self.asked = fisher, inputs, None
+    def __init__(self, gradients, inputs=()):
+        self.values, self.inputs, self.asked = gradients, inputs, None
 
-    def fisher(self, names, samples, length):
+    def gradients(self, names, samples, length):
         self.asked = (samples, length)
         return {name: self.values[name] for name in names}
 
@@ -256,8 +265,8 @@ def stack(count=2, heads=3, rows=16):
 
 def test_ranks_by_gradients_meet_the_budget():
     method, units = registry.get("recalkv"), stack()
-    told = Told({unit.name: 1.0 + (unit.part == "value") for unit in units})
-    chosen = config(key_group_size=0, fisher_samples=3, fisher_length=7)
+    told = Told({unit.name: GradientStats(1.0 + (unit.part == "value"), torch.eye(48).double()) for unit in units})
+    chosen = config(key_group_size=0, rank_allocation="fisher_uniform", gradient_samples=3, gradient_length=7)
     found = method.allocate(units, chosen, told)
     assert told.asked == (3, 7)
     assert found == {unit.name: 32 if unit.part == "value" else 16 for unit in units}
@@ -280,10 +289,24 @@ def test_ranks_by_energy_are_one_threshold():
         stats = LinearStats(unit.name, 64)
         stats.update(torch.randn(1, 500, 64))
         inputs.append((unit.name, torch.linalg.qr(torch.randn(64, 48)).Q.T * scale, stats))
-    chosen = config(key_group_size=0, rank_allocation="energy", ratio=0.5)
+    chosen = config(key_group_size=0, weighting="none")
     found = registry.get("recalkv").allocate(units, chosen, Told({}, inputs))
     assert sum(found.values()) == 48
     assert found[units[0].name] < 20 < found[units[1].name]
+    # weighed by the loss, energies count as they are: keys that matter much more get more after all
+    for weighting in ("loss", "loss_by_head"):
+        weights = (1e4, 1.0)
+        told = Told(
+            {
+                unit.name: GradientStats(0.0, torch.eye(48).double() * w)
+                for unit, w in zip(units, weights, strict=True)
+            },
+            inputs,
+        )
+        weighed = registry.get("recalkv").allocate(units, config(key_group_size=0, weighting=weighting), told)
+        assert sum(weighed.values()) == 48
+        assert weighed[units[0].name] > 40
+        assert told.asked == (16, 256)
 
 
 # Options ------------------------------------------------------------------------------------------------------------
@@ -298,6 +321,9 @@ CHANGES = {
     "cross": {"ocmf": "cross", "ocmf_for": "both"},
     "damping": {"ocmf": "cross", "ocmf_for": "both", "damping": 0.5},
     "latent_bits": {"latent_bits": 4},
+    "weighting": {"weighting": "none"},
+    "by head": {"weighting": "loss_by_head"},
+    "gradient_damping": {"gradient_damping": 1.0},
     "factor_dtype": {"factor_dtype": "float16"},
     "layers": {"layers": {"layers.0": 9}},
     "min_rank": {"min_rank": 3, "ratio": 0.4},
@@ -306,7 +332,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_each_option_changes_the_result(layer, name):
-    weight, inputs = layer[0].float(), moments(layer)
+    weight, inputs = layer[0].float(), moments(layer, weighed=True)
     before = {"ratio": CHANGES[name].get("ratio", 0.5)} if name in ("rank_multiple", "min_rank") else {}
     if name == "damping":
         before = {"ocmf": "cross", "ocmf_for": "both"}
@@ -450,7 +476,47 @@ def test_the_papers_preset():
     paper = ReCalKVConfig.paper(ratio=0.3)
     assert (paper.grouping, paper.ocmf, paper.ratio) == ("cka", "sequential", 0.3)
     assert paper.streams == {"dense", "compressed"}
-    assert ReCalKVConfig().streams == {"dense"}
+    assert ReCalKVConfig().streams == {"dense", "gradients"}
+    assert ReCalKVConfig(ocmf="sequential", ocmf_for="both", weighting="none").streams == {"compressed"}
+    assert ReCalKVConfig(ocmf="cross").streams == {"dense", "compressed", "cross", "gradients"}
+
+
+def cost(layer, found, metric):
+    """What an error of the outputs costs in a metric, ``Tr(F E G Eᵀ)``."""
+    lost = layer[0] - found.unpack().double()
+    return float(((metric @ lost) * (lost @ (layer[1].T @ layer[1]))).sum())
+
+
+@pytest.mark.parametrize("part", ["key", "value"])
+def test_weighed_factors_cost_the_loss_least(layer, part):
+    """Against the definition, the best of rank r of ``F^½ W G^½``, and against all outputs alike."""
+    metric = gradients() / gradients().diagonal().mean()
+    damped = metric + 0.05 * float(torch.linalg.eigvalsh(metric).mean()) * torch.eye(HEADS * ROWS).double()
+    options = {"key_group_size": 6, "factor_dtype": "float32"}
+    inputs, weight = moments(layer, weighed=True), layer[0]
+    found = factorize(weight, projection(part), inputs, config(**options))
+    roots = [torch.linalg.cholesky(m) for m in (damped, layer[1].T @ layer[1])]
+    left, values, right = torch.linalg.svd(roots[0].T @ weight @ roots[1], full_matrices=False)
+    best = torch.linalg.solve(roots[0].T, (left[:, :12] * values[:12]) @ right[:12]) @ torch.linalg.inv(roots[1])
+    assert torch.allclose(found.unpack().double(), best, atol=1e-4)
+    alike = factorize(weight, projection(part), inputs, config(weighting="none", **options))
+    by_head = factorize(weight, projection(part), inputs, config(weighting="loss_by_head", **options))
+    assert cost(layer, found, damped) < cost(layer, by_head, damped) < cost(layer, alike, damped)
+    assert error(layer, alike) < error(layer, found)
+
+
+def test_weights_that_say_nothing_change_nothing(layer):
+    plain = factorize(layer[0], projection(), moments(layer), config())
+    for metric in (torch.zeros(HEADS * ROWS, HEADS * ROWS), 7.0 * torch.eye(HEADS * ROWS)):
+        inputs = dataclasses.replace(moments(layer), gradients=metric.double())
+        assert torch.allclose(factorize(layer[0], projection(), inputs, config()).unpack(), plain.unpack(), atol=1e-5)
+    some = torch.zeros(HEADS * ROWS).double()
+    some[: 3 * ROWS] = 1.0  # the loss looks at three heads only
+    inputs = dataclasses.replace(moments(layer), gradients=some.diag())
+    found = factorize(layer[0], projection(), inputs, config(grouping="contiguous"))
+    assert torch.isfinite(found.unpack()).all()
+    with pytest.raises(ValueError, match="second moment of its gradients holds NaN"):
+        factorize(layer[0], projection(), dataclasses.replace(inputs, gradients=some.diag() / 0), config())
 
 
 def test_statistics_of_both_streams_reach_the_algorithm(layer):

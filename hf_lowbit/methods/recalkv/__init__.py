@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hf_lowbit.formats import LatentFormat
-from hf_lowbit.methods.recalkv.algorithm import Inputs, factorize, group_heads
+from hf_lowbit.methods.recalkv.algorithm import Inputs, block_of, factorize, group_heads, output_metric, rows_of
 from hf_lowbit.methods.recalkv.options import ReCalKVConfig
 from hf_lowbit.numerics import low_rank, ranks
 from hf_lowbit.registry import LinearUnit, Method, Projection, register
@@ -26,7 +26,7 @@ def _compress(unit: LinearUnit, stats: Any, options: ReCalKVConfig) -> LatentFor
         dense, compressed = (None if one is None else one.second_moment(torch.float64) for one in seen)
         # the same scale as the other two: see LinearStats.second_moment
         scale = 2.0 / seen[1].sequences if stats.cross is not None else 1.0
-        inputs = Inputs(dense, compressed, None if stats.cross is None else stats.cross * scale)
+        inputs = Inputs(dense, compressed, None if stats.cross is None else stats.cross * scale, stats.gradients)
     return factorize(unit.weight, unit.projection, inputs, options, unit.trace)
 
 
@@ -46,29 +46,45 @@ def _allocate(projections: Sequence[Projection], options: ReCalKVConfig, measure
     if options.layers is not None or options.rank_allocation == "uniform":
         return {}
     budget = math.floor(options.ratio * sum(projection.shape[0] for projection in projections) + 1e-6)
+    names = [projection.name for projection in projections]
+    gradients: dict[str, Any] = {}
+    if options.rank_allocation == "fisher_uniform" or options.weighting != "none":
+        gradients = measures.gradients(names, options.gradient_samples, options.gradient_length)
     if options.rank_allocation == "fisher_uniform":
-        found = measures.fisher([p.name for p in projections], options.fisher_samples, options.fisher_length)
-        shares = [found[projection.name] for projection in projections]
+        shares = [gradients[name].fisher for name in names]
     else:
-        shares = [float(count) for count in ranks.above_threshold(_energies(projections, options, measures), budget)]
+        energies = _energies(projections, options, measures, gradients)
+        shares = [float(count) for count in ranks.above_threshold(energies, budget)]
     least, most, steps = zip(*(options.limits(projection) for projection in projections), strict=True)
-    found = ranks.allocate(shares, most, budget, steps, least)
-    return {projection.name: rank for projection, rank in zip(projections, found, strict=True)}
+    return dict(zip(names, ranks.allocate(shares, most, budget, steps, least), strict=True))
 
 
-def _energies(projections: Sequence[Projection], options: ReCalKVConfig, measures: Any) -> list[list[float]]:
-    """Return for every projection the energies of its outputs, falling, as shares of the whole; by group, if any."""
+def _energies(
+    projections: Sequence[Projection], options: ReCalKVConfig, measures: Any, gradients: Mapping[str, Any]
+) -> list[list[float]]:
+    """Return for every projection what each further rank gains, falling; over all its groups.
+
+    Weighed by the loss, gains of different projections compare; all outputs alike, their shares of the whole do.
+    """
     by_name = {projection.name: projection for projection in projections}
     found: dict[str, list[float]] = {}
     for name, weight, stats in measures.dense_inputs(list(by_name)):
+        projection, weight = by_name[name], weight.double()
         moment = stats.second_moment(torch.float64) if options.whiten else None
-        weight = weight.double()
-        heads = weight.unflatten(0, (by_name[name].heads, -1))
-        groups = group_heads(weight, moment, by_name[name], options)
-        parts = [low_rank.output_energies(heads[group].flatten(0, 1), moment) for group in groups]
+        metric = output_metric(gradients[name].second_moment if gradients else None, projection, options)
+        parts = []
+        for group in group_heads(weight, moment, projection, options, metric):
+            own = block_of(metric, group, projection)
+            block = weight[rows_of(group, projection)]
+            if own is not None:
+                block = low_rank.metric_roots(own, options.gradient_damping)[0] @ block
+            parts.append(low_rank.output_energies(block, moment))
         values = torch.cat(parts).sort(descending=True).values
-        total = float(values.sum())
-        found[name] = (values / total if total > 0 else values).tolist()
+        if metric is None:
+            scale = 1 / total if (total := float(values.sum())) > 0 else 1.0
+        else:
+            scale = float(gradients[name].second_moment.diagonal().mean())  # which output_metric has divided by
+        found[name] = (values * scale).tolist()
     return [found[projection.name] for projection in projections]
 
 
@@ -76,13 +92,13 @@ register(
     Method(
         name="recalkv",
         title="ReCalKV",
-        summary="a cache of latents: low-rank key and value projections, ranks by gradients under one budget",
+        summary="a cache of latents: low-rank key and value projections, fitted to the loss, ranks under one budget",
         paper="2505.24357",
         config=ReCalKVConfig,
         unit="attention",
         needs="tokens",
         format="latent",
-        status="works: groups by energy or similarity, ranks by gradients, energy or uniform, values in sequence",
+        status="works: grouped keys, values in sequence, errors weighed by the loss or alike, three ways to ranks",
         compress=_compress,
         allocate=_allocate,
         check=_check,

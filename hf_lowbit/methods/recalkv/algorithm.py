@@ -48,11 +48,13 @@ class Inputs:
         dense: Σ x xᵀ with the dense model's inputs.
         compressed: Σ x' x'ᵀ with what the compressed blocks before it produce.
         cross: Σ x x'ᵀ over the same tokens.
+        gradients: (heads · rows, heads · rows), Σ g gᵀ with the gradients g of the loss with respect to the outputs.
     """
 
     dense: Tensor | None = None
     compressed: Tensor | None = None
     cross: Tensor | None = None
+    gradients: Tensor | None = None
 
 
 def factorize(
@@ -86,12 +88,13 @@ def factorize(
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{where}: weight holds NaN or infinity")
     row: dict[str, Any] = {}
-    groups = group_heads(weight, moment, projection, options, row)
+    metric = output_metric(inputs.gradients, projection, options)
+    groups = group_heads(weight, moment, projection, options, metric, row)
     group_ranks = ranks_of_groups(projection, groups, options)
     ups, downs = [], []
     for group, rank in zip(groups, group_ranks, strict=True):
-        block = weight.unflatten(0, (projection.heads, -1))[group].flatten(0, 1)
-        up, down = _factors(block, moment, cross, rank, options.damping)
+        block = weight[rows_of(group, projection)]
+        up, down = _factors(block, moment, cross, block_of(metric, group, projection), rank, options)
         if options.latent_bits < 16 and options.rotation:
             mix = spreading(rank).to(weight.device)
             up, down = up @ mix.T, mix @ down
@@ -103,14 +106,72 @@ def factorize(
 
 
 def _factors(
-    block: Tensor, moment: Tensor | None, cross: Tensor | None, rank: int, damping: float
+    block: Tensor,
+    moment: Tensor | None,
+    cross: Tensor | None,
+    metric: Tensor | None,
+    rank: int,
+    options: ReCalKVConfig,
 ) -> tuple[Tensor, Tensor]:
     """Best factors of the rows of one group; at full rank the rows themselves, which no rounding can change."""
-    if cross is not None and moment is not None:
-        return low_rank.regress(block, cross, moment, rank, damping)
-    if rank == len(block):
+    if rank == len(block) and cross is None:
         return torch.eye(rank, dtype=block.dtype, device=block.device), block
-    return low_rank.truncate(block, moment, rank)
+    root, inverse = (None, None) if metric is None else low_rank.metric_roots(metric, options.gradient_damping)
+    weighted = block if root is None else root @ block
+    if cross is not None and moment is not None:
+        up, down = low_rank.regress(weighted, cross, moment, rank, options.damping)
+    else:
+        up, down = low_rank.truncate(weighted, moment, rank)
+    return up if inverse is None else inverse @ up, down
+
+
+def rows_of(group: Sequence[int], projection: Projection) -> Tensor:
+    """Return the indices of the rows of some heads."""
+    rows = projection.rows
+    return torch.cat([torch.arange(head * rows, (head + 1) * rows) for head in group])
+
+
+def block_of(metric: Tensor | None, group: Sequence[int], projection: Projection) -> Tensor | None:
+    """Return the part of a metric of outputs that is for some heads; None where it is zero, which says nothing."""
+    if metric is None:
+        return None
+    index = rows_of(group, projection)
+    block = metric[index][:, index]
+    return block if bool(block.any()) else None
+
+
+def output_metric(gradients: Tensor | None, projection: Projection, options: ReCalKVConfig) -> Tensor | None:
+    """Return how much errors of the outputs matter: the loss's gradients squared, with mean 1, or None for all alike.
+
+    To second order and for the loss's own distribution, an error ``e`` of the outputs for a token costs ``eᵀ F e / 2``
+    with the Fisher matrix F of the outputs; ``Σ g gᵀ`` estimates it, and with inputs and gradients taken as
+    independent the cost of factors is ``Tr(F E G Eᵀ)``.
+
+    Source: K-FAC (arXiv 1503.05671) for that form; the paper weighs all outputs alike, which is ``weighting="none"``.
+
+    Args:
+        gradients: (n, n), Σ g gᵀ, or None.
+        projection: whose heads stand apart for ``weighting="loss_by_head"``.
+        options: ``weighting``.
+
+    Raises:
+        ValueError: it holds NaN or infinity.
+    """
+    if gradients is None or options.weighting == "none":
+        return None
+    found = gradients.double()
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError(f"{projection.name}: second moment of its gradients holds NaN or infinity")
+    if options.weighting == "loss_by_head":
+        found = by_head(found, projection)
+    mean = found.diagonal().mean()
+    return found / mean if float(mean) > 0 else None
+
+
+def by_head(metric: Tensor, projection: Projection) -> Tensor:
+    """Return a matrix over all rows without its entries between different heads."""
+    heads = torch.arange(projection.shape[0], device=metric.device) // projection.rows
+    return torch.where(heads[:, None] == heads, metric, 0.0)
 
 
 def group_heads(
@@ -118,6 +179,7 @@ def group_heads(
     moment: Tensor | None,
     projection: Projection,
     options: ReCalKVConfig,
+    metric: Tensor | None = None,
     row: dict[str, Any] | None = None,
 ) -> list[list[int]]:
     """Choose which heads share a latent; only keys are regrouped.
@@ -127,6 +189,7 @@ def group_heads(
         moment: (m, m), float64, or None.
         projection: the weight's.
         options: ``grouping`` and the group sizes.
+        metric: how much errors of the outputs matter, see :func:`output_metric`; energies are weighed by it.
         row: receives ``similarity_spread`` where similarity decides.
 
     Returns:
@@ -141,6 +204,8 @@ def group_heads(
     similarity = grouping.head_similarity(weight, moment, projection.heads)
     by_similarity = grouping.greedy(similarity, sizes)
     if options.grouping == "energy":
+        if metric is not None:
+            weight = low_rank.metric_roots(by_head(metric, projection), options.gradient_damping)[0] @ weight
         gram = low_rank.output_gram(weight, moment)
         group_ranks = ranks_of_groups(projection, in_order, options)
         return grouping.least_loss(gram, projection.heads, [in_order, by_similarity], group_ranks)

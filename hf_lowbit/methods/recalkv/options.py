@@ -48,18 +48,29 @@ class ReCalKVConfig(CalibratedConfig):
         choices=("energy", "cka", "contiguous"),
     )
     whiten: bool = option(True, "fit the outputs on the calibration inputs, not the weights")
+    weighting: str = option(
+        "loss",
+        "what counts as an error: loss, an output's as far as the gradient of the model's loss says that it matters; "
+        "loss_by_head, the same for each head apart, for projections whose full matrix would be too large; none, all "
+        "outputs' alike, as in the paper",
+        choices=("loss", "loss_by_head", "none"),
+    )
+    gradient_damping: float = option(
+        0.05, "share of their mean added to the weights of the errors", low=1e-6, high=1e6
+    )
     rank_allocation: str = option(
-        "fisher_uniform",
-        "rank of each projection: fisher_uniform, in proportion to its gradients; energy, one threshold on the share "
-        "of output energy; uniform, the same everywhere, which is also what a run without data does",
-        choices=("fisher_uniform", "energy", "uniform"),
+        "energy",
+        "rank of each projection: energy, one threshold over all on what a further rank gains, as a share of the "
+        "projection's own energy if weighting=none; fisher_uniform, in proportion to the weights' gradients; uniform, "
+        "the same everywhere, which is also what a run without data does",
+        choices=("energy", "fisher_uniform", "uniform"),
     )
     rank_multiple: int = option(
         0, "each group's rank is a multiple of it; 0: 32, or 8 for groups of fewer than 256 rows", low=0, high=256
     )
     min_rank: int = option(0, "least rank of a group; 0: rank_multiple", low=0, high=2**16)
-    fisher_samples: int = option(16, "calibration sequences that gradients are taken of", low=1)
-    fisher_length: int = option(256, "tokens of each of them", low=2)
+    gradient_samples: int = option(16, "calibration sequences that gradients are taken of", low=1)
+    gradient_length: int = option(256, "tokens of each of them", low=2)
     ocmf: str = option(
         "off",
         "what projections are calibrated on: off, inputs of the dense model; sequential, those that the compressed "
@@ -81,8 +92,12 @@ class ReCalKVConfig(CalibratedConfig):
 
     @classmethod
     def paper(cls, **options: Any) -> ReCalKVConfig:
-        """Return a config with the choices of the paper: key heads by similarity, values calibrated in sequence."""
-        return cls(**{"grouping": "cka", "ocmf": "sequential", **options})
+        """Return a config with the choices of the paper.
+
+        Key heads by similarity, values calibrated in sequence, ranks by gradients, all outputs alike.
+        """
+        chosen = {"grouping": "cka", "ocmf": "sequential", "rank_allocation": "fisher_uniform", "weighting": "none"}
+        return cls(**{**chosen, **options})
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, empty if nothing is."""
@@ -103,11 +118,14 @@ class ReCalKVConfig(CalibratedConfig):
     @property
     def streams(self) -> frozenset[str]:
         """Whose inputs are asked for, see :attr:`LowBitConfig.streams`."""
+        found = {"compressed"} if self.ocmf == "sequential" and self.ocmf_for == "both" else {"dense"}
+        if self.ocmf != "off":
+            found.add("compressed")
         if self.ocmf == "cross":
-            return frozenset({"dense", "compressed", "cross"})
-        if self.ocmf == "off":
-            return frozenset({"dense"})
-        return frozenset({"compressed"} if self.ocmf_for == "both" else {"dense", "compressed"})
+            found.add("cross")
+        if self.weighting != "none":
+            found.add("gradients")
+        return frozenset(found)
 
     def fit_of(self, part: str) -> str:
         """Return how a projection is calibrated: "off", "sequential" or "cross"."""
