@@ -11,6 +11,7 @@ from benchmarks.tables import number, table
 # Perplexity of LLaMA-7B on WikiText2 and "W-bits" as the paper counts them: arXiv 2502.01705, Table 1.
 PUBLISHED = {
     "dense-32x512": ("16", "5.68"),
+    "billm-32x512": ("1.11", "49.79"),
     "rc-cgb-32x512": ("1.11", "14.03"),
     "pbs2p-6of8": ("0.80", "7.36"),
     "pbs2p-5of8": ("0.70", "8.09"),
@@ -19,6 +20,7 @@ PUBLISHED = {
 # result file without its suffix -> name in the table
 END_TO_END = {
     "dense": "dense bfloat16",
+    "billm": "BiLLM-style baseline",
     "rc-cgb": "ARB-LLM_RC",
     "x-cgb": 'ARB-LLM_X (`variant="x"`)',
     "pbs2p-8of8": "PBS²P 8:8 (nothing pruned)",
