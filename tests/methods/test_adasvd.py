@@ -297,6 +297,17 @@ def test_factors_of_the_target_are_nearer_to_the_dense_outputs():
     assert torch.equal(unused.unpack(), factorize(w.float(), g, AdaSVDConfig(ratio=0.8), "layer").unpack())
 
 
+def test_without_drift_the_target_is_the_weight():
+    """Also with fewer tokens than columns, where directions that no input has must not fade."""
+    weight, inputs = layer(tokens=20)
+    w, g = tensors(weight, inputs)
+    plain, followed = (
+        factorize(w.float(), g, AdaSVDConfig(ratio=0.8), "layer", tokens=20, cross=cross).unpack()
+        for cross in (None, g.clone())
+    )
+    assert torch.allclose(plain, followed, atol=1e-5)
+
+
 def test_streams_and_order_follow_the_options():
     assert AdaSVDConfig().streams == {"compressed", "cross"}
     assert AdaSVDConfig(dense_target=0.0).streams == {"compressed"}

@@ -94,8 +94,9 @@ def factorize(
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{where}: weight holds NaN or infinity")
     moment, damped = _usable(second_moment, weight.shape[1], options.damping, where, tokens)
-    if cross is not None and moment is not None and options.dense_target:
-        weight = low_rank.toward_dense(weight, moment, cross.double(), options.dense_target, TARGET_DAMPING)
+    if cross is not None and second_moment is not None and moment is not None and options.dense_target:
+        ridge = max(TARGET_DAMPING, options.damping) if damped else TARGET_DAMPING
+        weight = low_rank.toward_dense(weight, second_moment.double(), cross.double(), options.dense_target, ridge)
     refit_moment = moment if stacked is None or moment is None else stacked.double()
     start = low_rank.truncate(weight, None if options.init == "svd" else moment, rank)
     (up, down), errors = best_refit(weight, refit_moment, start, options.iterations)
