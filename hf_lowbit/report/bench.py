@@ -13,7 +13,8 @@ import torch
 from rich.table import Table
 
 from hf_lowbit.compress.headers import packed_layer_spec
-from hf_lowbit.formats import BinaryFormat, BinarySpec
+from hf_lowbit.formats import FORMATS, BinaryFormat, BinarySpec, Format, IntegerSpec, LowRankFormat, LowRankSpec, Spec
+from hf_lowbit.formats.low_rank import FACTOR_DTYPES, INNER
 from hf_lowbit.kernels import dispatch
 from hf_lowbit.report.inspect import inspect
 
@@ -45,25 +46,59 @@ def random_weight(spec: BinarySpec) -> BinaryFormat:
     )
 
 
-def layer_kinds(path: str | Path | None) -> dict[str, BinarySpec]:
+def random_format(spec: Spec) -> Format:
+    """Return a packed weight of any format with random contents; for speed, where values do not matter."""
+    if isinstance(spec, BinarySpec):
+        return random_weight(spec)
+    if isinstance(spec, LowRankSpec):
+        plain = {"up": (spec.out_features, spec.rank), "down": (spec.rank, spec.in_features)}
+        dtype = FACTOR_DTYPES[spec.dtype]
+        up, down = (
+            0.02 * torch.randn(shape) if getattr(spec, name) is None else random_format(getattr(spec, name))
+            for name, shape in plain.items()
+        )
+        return LowRankFormat.pack(up, down, dtype)
+    kind = next(one for one in FORMATS.values() if one.spec_type is type(spec))
+    tensors = {
+        name: 0.02 * torch.rand(shape).to(dtype) if dtype.is_floating_point else torch.randint(256, shape).to(dtype)
+        for name, (shape, dtype) in kind.shapes(spec).items()
+    }
+    return kind.from_state(tensors, spec)
+
+
+def layer_kinds(path: str | Path | None) -> dict[str, Spec]:
     """Return the kinds of packed layers in a model by a text that describes each; without a model a typical one."""
     if path is None:
         return {"4096 × 4096, as ARB-LLM makes it": typical_spec(4096, 4096)}
-    kinds: dict[str, list[BinarySpec]] = {}
+    kinds: dict[str, list[Spec]] = {}
     for module in inspect(path).modules:
         _, spec = packed_layer_spec(module.name, {"format": module.format, "spec": module.spec})
-        if isinstance(spec, BinarySpec):
-            kinds.setdefault(f"{spec.out_features} × {spec.in_features}", []).append(spec)
+        text = "" if isinstance(spec, BinarySpec) else f", {module.format}"
+        if isinstance(spec, LowRankSpec):
+            held = [INNER[type(inner)].name for inner in (spec.up, spec.down) if inner is not None]
+            text += f", rank {spec.rank}" + (f", {' and '.join(dict.fromkeys(held))}" if held else "")
+        kinds.setdefault(f"{spec.out_features} × {spec.in_features}{text}", []).append(spec)
     return {f"{len(specs)} × ({kind})": specs[0] for kind, specs in kinds.items()}
+
+
+def kernels_of(spec: Spec, dtype: torch.dtype, device: str) -> dict[str, str]:
+    """Return by kernel why it runs, or does not, for a layer of this form."""
+    if isinstance(spec, BinarySpec):
+        return dispatch.reasons(dtype, device, *BinaryFormat.empty(spec).call_arguments())
+    inner = (spec.up, spec.down) if isinstance(spec, LowRankSpec) else (spec,)
+    if any(isinstance(one, IntegerSpec) for one in inner):
+        return {"reference": "runs: no kernel multiplies packed integers yet; the weight is rebuilt in every call"}
+    if any(isinstance(one, BinarySpec) for one in inner):
+        return {"as the factors": "each factor runs as a layer of its own form"}
+    return {"torch": "runs: plain dense products"}
 
 
 def kernel_table(path: str | Path | None, device: str) -> Table:
     """Return the table of ``hf-lowbit bench --list``: for each kind of layer and dtype which kernel runs, and why."""
     table = Table("layers", "activations", "kernel", "why", title=f"kernels on {device}")
     for kind, spec in layer_kinds(path).items():
-        parts, sizes = BinaryFormat.empty(spec).call_arguments()
         for dtype in DTYPES:
-            for name, reason in dispatch.reasons(dtype, device, parts, sizes).items():
+            for name, reason in kernels_of(spec, dtype, device).items():
                 table.add_row(kind, str(dtype).removeprefix("torch."), name, reason)
     return table
 
@@ -82,7 +117,7 @@ def timed_in_turn(products: Mapping[str, Callable[[int], Any]], seconds: float) 
     return times
 
 
-def _packed_product(weight: BinaryFormat, x: torch.Tensor, turn: int) -> torch.Tensor:
+def _packed_product(weight: Format, x: torch.Tensor, turn: int) -> torch.Tensor:
     return weight.linear(x, None)
 
 
@@ -98,7 +133,7 @@ def speed_table(path: str | Path | None, batches: tuple[int, ...] = (1, 16, 128)
     """
     table = Table("layers", "tokens", "packed, µs", "dense, µs", "× dense", title="median times")
     for kind, spec in layer_kinds(path).items():
-        packed = random_weight(spec)
+        packed = random_format(spec)
         dense = torch.randn(spec.out_features, spec.in_features).bfloat16()
         for batch in batches:
             x = torch.randn(batch, spec.in_features).bfloat16()
