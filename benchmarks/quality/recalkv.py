@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import math
 import statistics
@@ -36,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import assets
 import hf_lowbit
 from benchmarks.common import calibration_sequences, heldout_sequences, read_results, write_result
+from benchmarks.quality import multihead as multihead_model
 from hf_lowbit import PackedLinear, ReCalKVConfig, RunOptions, registry
 from hf_lowbit.calibration import capture
 from hf_lowbit.calibration.stats import LinearStats, PairedStats
@@ -43,6 +45,7 @@ from hf_lowbit.compress.engine import Run
 from hf_lowbit.compress.measures import GradientStats, StackMeasures
 from hf_lowbit.compress.projections import projection_of
 from hf_lowbit.hf.save import save_model
+from hf_lowbit.kernels.latent_codec import decode_rows, encode_rows, row_bytes
 from hf_lowbit.report.evaluate import perplexity
 
 FOLDER = "quality_recalkv"
@@ -83,12 +86,41 @@ SINGLES: dict[str, dict[str, Any]] = {
 }
 # whole runs: each block on what the run has made of those before it, where the variant asks for that
 RUNS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "default": ({}, (0.5, 0.3)),
+    "default": ({}, (0.5,)),
+    "values in sequence": ({"ocmf": "sequential"}, (0.5,)),
     "E": ({**_PAIRS, "grouping": "cka", "value_group_size": 0, "ocmf": "sequential"}, (0.5,)),
-    "values in sequence": ({"ocmf": "sequential"}, (0.3,)),
-    "keys and values in sequence": ({"ocmf": "sequential", "ocmf_for": "both"}, (0.3,)),
-    "values crossed": ({"ocmf": "cross"}, (0.3,)),
+    "values crossed": ({"ocmf": "cross"}, (0.5,)),
 }
+
+
+# the model without GQA: sizes of groups of its 8 key heads, and how they are chosen
+_MANY: dict[str, Any] = {"rank_allocation": "uniform", "rank_multiple": 1, "weighting": "none"}
+HEADS: dict[str, dict[str, Any]] = {
+    "plain SVD, groups of 4": {**_MANY, "key_group_size": 4, "grouping": "contiguous", "whiten": False},
+    "keys and values in groups of 4 (Palu-like)": {
+        **_MANY,
+        "key_group_size": 4,
+        "value_group_size": 4,
+        "grouping": "contiguous",
+    },
+    "groups of 4, contiguous": {**_MANY, "key_group_size": 4, "grouping": "contiguous"},
+    "groups of 4, cka": {**_MANY, "key_group_size": 4, "grouping": "cka"},
+    "groups of 4, energy": {**_MANY, "key_group_size": 4, "grouping": "energy"},
+    "groups of 2, contiguous": {**_MANY, "key_group_size": 2, "grouping": "contiguous"},
+    "groups of 2, cka": {**_MANY, "key_group_size": 2, "grouping": "cka"},
+    "groups of 2, energy": {**_MANY, "key_group_size": 2, "grouping": "energy"},
+    "one group": {**_MANY, "key_group_size": 8},
+    "groups of 4, energy, fisher_uniform": {"weighting": "none", "rank_allocation": "fisher_uniform"},
+    "default": {},
+    "default, one group": {"key_group_size": 8},
+    "default, by head": {"weighting": "loss_by_head"},
+}
+HEAD_RUNS: dict[str, dict[str, Any]] = {
+    "groups of 4, cka, values in sequence": {**_MANY, "key_group_size": 4, "grouping": "cka", "ocmf": "sequential"},
+    "paper": {"grouping": "cka", "ocmf": "sequential", "rank_allocation": "fisher_uniform", "weighting": "none"},
+    "default, values in sequence": {"ocmf": "sequential"},
+}
+LATENTS: dict[str, dict[str, Any]] = {"F": _WHOLE, "default": {}}
 
 
 class Bench:
@@ -256,7 +288,75 @@ def runs(record: Record) -> None:
             record.take(f"{title}, {ratio}", functools.partial(_whole_run, options, ratio))
 
 
-PARTS: dict[str, Callable[[Record], None]] = {"table": table, "singles": singles, "runs": runs}
+@functools.cache
+def multihead() -> Bench:
+    """Return the small model in which every query head has keys and values of its own: 8 of each."""
+    path = multihead_model.folder()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return Bench(model, calibration_sequences(tokenizer, 64, 256), heldout_sequences(tokenizer, 96, 256))
+
+
+def heads(record: Record) -> None:
+    """Measure groupings and calibrations on the model without shared heads."""
+    bench = multihead()
+    record.take("dense", bench.figures)
+    for ratio in RATIOS:
+        for title, options in HEADS.items():
+            record.take(f"{title}, {ratio}", functools.partial(bench.measure, ratio=ratio, **options))
+        for title, options in HEAD_RUNS.items():
+            record.take(f"{title}, {ratio}", functools.partial(_run_in_memory, bench, options, ratio))
+
+
+def _run_in_memory(bench: Bench, options: dict[str, Any], ratio: float) -> dict[str, Any]:
+    """Compress a copy of the model by a whole run, measure."""
+    model = copy.deepcopy(bench.model)
+    hf_lowbit.quantize(model, bench.config(ratio=ratio, **options))
+    with torch.no_grad():
+        return Bench(model, bench.calibration, bench.heldout).figures()
+
+
+class Rounded:
+    """Makes every latent of a model be coded and decoded, as a cache of few bits would, whoever asks for it."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def __call__(self, module: PackedLinear, args: tuple[Tensor], output: Tensor) -> Tensor:
+        """Return the layer's output by way of rounded latents; a forward hook."""
+        packed: Any = module.packed
+        rows = encode_rows(packed.latent(args[0]), packed.spec.ranks, self.bits)
+        return packed.expand(decode_rows(rows, packed.spec.ranks, self.bits, torch.float32))
+
+
+def latents(record: Record) -> None:
+    """Measure latents of few bits, rotated or not, at 50 % compression; a row of them is coded as a cache does."""
+    for title, options in LATENTS.items():
+        for bits, rotation in ((4, True), (4, False), (3, True), (3, False), (8, True)):
+            name = f"{title}, {bits} bits" + ("" if rotation else ", not rotated")
+            record.take(name, functools.partial(_with_codes, smollm2(), bits, rotation, options))
+
+
+def _with_codes(bench: Bench, bits: int, rotation: bool, options: dict[str, Any]) -> dict[str, Any]:
+    with torch.no_grad(), bench.compressed(ratio=0.5, latent_bits=bits, rotation=rotation, **options) as found:
+        layers: list[Any] = [bench.model.get_submodule(name) for name in bench.names]
+        widths = [layer.spec.ranks for layer in layers]
+        hooks = [layer.register_forward_hook(Rounded(bits)) for layer in layers]
+        figures = bench.figures()
+        for hook in hooks:
+            hook.remove()
+    held = sum(row_bytes(ranks, bits) for ranks in widths)
+    dense = sum(2 * layer.out_features for layer in layers)
+    return {**figures, "kept": found["kept"], "bytes_per_token": held, "dense_bytes_per_token": dense}
+
+
+PARTS: dict[str, Callable[[Record], None]] = {
+    "table": table,
+    "singles": singles,
+    "runs": runs,
+    "heads": heads,
+    "latents": latents,
+}
 
 
 def main() -> None:

@@ -110,6 +110,34 @@ def test_adasvd_by_the_command(dense: Path, text: Path, tmp_path: Path) -> None:
         assert message in " ".join(result.output.split())
 
 
+def test_recalkv_by_the_command(dense: Path, text: Path, tmp_path: Path) -> None:
+    """A rank for every projection in the saved config; ranks and bytes of the cache in what inspect shows."""
+    options = ("--method", "recalkv", "--option", "ratio=0.5", "--option", "rank_multiple=4")
+    sizes = ("--samples", 8, "--sequence-length", 16)
+    result = run("quantize", dense, tmp_path / "out", *options, "--calibration", text, *sizes)
+    assert result.exit_code == 0, result.output
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert sum(stored["layers"].values()) == 2 * 32
+    cache = json.loads(run("inspect", tmp_path / "out", "--json").stdout)["cache"]
+    assert cache["bytes_per_token"] * 2 == cache["dense_bytes_per_token"] == 2 * 2 * 2 * 32
+    shown = " ".join(run("inspect", tmp_path / "out").output.split())
+    assert "cache: ranks by layer" in shown
+    assert "█" in shown
+    assert run("verify", tmp_path / "out").exit_code == 0
+    assert "recalkv" in [row["name"] for row in json.loads(run("methods", "--json").stdout)]
+    slips = {
+        "ratio=0.1": "ratio 0.1 leaves rank 3 of 32, below the least, 8",
+        "key_group_size=2": "does not divide its 1 heads",
+        "latent_bits=5": "latent_bits must be one of 16, 8, 4, 3",
+        "recent_window=8": "recent_window needs latent_bits below 16",
+    }
+    for slip, message in slips.items():
+        result = run("quantize", dense, tmp_path / "no", "--method", "recalkv", "--option", slip, "--calibration", text)
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
+        assert not (tmp_path / "no").exists()
+
+
 def _shape(spec: dict[str, int]) -> tuple[int, int]:
     return spec["out_features"], spec["in_features"]
 
