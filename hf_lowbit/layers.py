@@ -45,8 +45,8 @@ class PackedLinear(nn.Linear):
         for name, tensor in packed.state().items():
             self.register_parameter(_PREFIX + name, nn.Parameter(tensor, requires_grad=False))
         self._stored = {_PREFIX + name: tensor.dtype for name, tensor in packed.state().items()}
-        # ids of the parameters, the parameters (so that no id is used twice), and the format made of them
-        self._last: tuple[list[int], list[Any], Format] | None = None
+        # ids of the parameters, the parameters (so that no id is used twice), the format made of them, its shorter way
+        self._last: tuple[list[int], list[Any], Format, Callable[[Tensor], Tensor | None] | None] | None = None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, bias.requires_grad))
         self._is_hf_initialized = True  # transformers must not initialise the stub
         _watch_adapters()
@@ -85,10 +85,13 @@ class PackedLinear(nn.Linear):
         if torch.compiler.is_compiling():
             return self.packed.linear(input, self.bias)
         # Gathering the tensors takes longer than a small product, so it is done again only when one was replaced.
-        held = list(self._parameters.values())
-        if self._last is None or [*map(id, held)] != self._last[0]:
-            self._last = ([*map(id, held)], held, self.packed)
-        return self._last[2].linear(input, self.bias)
+        ids = [*map(id, self._parameters.values())]
+        if self._last is None or ids != self._last[0]:
+            packed = self.packed
+            self._last = (ids, list(self._parameters.values()), packed, packed.ready(self.bias))
+        _, _, packed, ready = self._last
+        out = None if ready is None else ready(input)
+        return packed.linear(input, self.bias) if out is None else out
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the dense layer with the same weights, in ``dtype`` (default: that of the stub)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -107,6 +107,13 @@ class Format:
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ W.T + bias`` through the format's op."""
         raise NotImplementedError
+
+    def ready(self, bias: Tensor | None) -> Callable[[Tensor], Tensor | None] | None:
+        """Return a shorter way to :meth:`linear`, None if the format has none.
+
+        It may be used as long as no tensor is replaced, and returns None for what it leaves to :meth:`linear`.
+        """
+        return None
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that are present, by name."""

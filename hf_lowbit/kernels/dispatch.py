@@ -146,6 +146,17 @@ def binary_linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes) ->
     return choose(x.dtype, x.device.type, parts, sizes).linear(x, parts, bias, sizes)
 
 
+def binary_ready(parts: Parts, bias: Tensor | None, sizes: Sizes) -> Callable[[Tensor], Tensor | None] | None:
+    """Return a shorter way to :func:`binary_linear` with one weight, or None where there is none.
+
+    It returns None for what it leaves to the longer way, always so while a kernel is forced.
+    """
+    if parts[0].device.type != "cpu" or cpu.unsupported(torch.bfloat16, parts, sizes) is not None:
+        return None
+    call = cpu.Call(parts, bias, sizes)
+    return lambda x: call(x) if _forced is None else None
+
+
 def binary_dequantize(parts: Parts, sizes: Sizes) -> Tensor:
     """Rebuild the dense weight with the kernel for the case."""
     kernel = choose(torch.float32, parts[0].device.type, parts, sizes)

@@ -104,6 +104,7 @@ class Prepared:
             blocks=row_scale.shape[1],
             block_size=min(block_size, padded) if block_size < in_features else padded,
             runs=own["run_block"].shape[0] if S else 0,
+            used_runs=int((own["run_column"].unflatten(0, (-1, _RUN))[:, 0] >= 0).sum()) if S else 0,
             groups=codes,
             salient_groups=S,
             scale_dtype=DTYPES[own["row_scale"].dtype],
@@ -163,12 +164,12 @@ def _runs(
 
 
 # Prepared weights by the tensor of their signs, as long as that lives: its id, checked against a weak reference.
-_PREPARED: dict[int, tuple[Any, tuple[Any, ...], Prepared]] = {}
+_PREPARED: dict[int, tuple[Any, list[int], Prepared]] = {}
 
 
 def prepared(parts: Parts, in_features: int, block_size: int, keep_n: int, keep_m: int) -> Prepared:
     """Return the prepared form of a weight, made at the first call and again whenever its tensors change."""
-    stamp = tuple((part.data_ptr(), _version(part)) for part in parts if part is not None)
+    stamp = _stamp([part for part in parts if part is not None])
     key = id(parts[0])
     found = _PREPARED.get(key)
     if found is not None and found[0]() is parts[0] and found[1] == stamp:
@@ -178,8 +179,55 @@ def prepared(parts: Parts, in_features: int, block_size: int, keep_n: int, keep_
     return made
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _stamp(tensors: list[Tensor]) -> list[int]:
+    """Where the tensors are, and how often each was written to, which tensors of the inference mode do not count."""
+    return [tensor.data_ptr() for tensor in tensors] + [
+        0 if tensor.is_inference() else tensor._version for tensor in tensors
+    ]
+
+
+class Call:
+    """The product with one weight for a few tokens, with all that does not change from call to call looked up before.
+
+    A model calls hundreds of small layers for a token; what :func:`linear` does in Python takes longer than some of
+    their products (``python -m benchmarks.kernels.overhead``).
+    """
+
+    def __init__(self, parts: Parts, bias: Tensor | None, sizes: Sizes) -> None:
+        """Look all up; the weight must be one that :func:`unsupported` has nothing against."""
+        self._made = prepared(parts, *sizes)
+        self._tensors = [part for part in (*parts, bias) if part is not None]
+        self._stamp = _stamp(self._tensors)
+        self._bias = None if bias is None or not bias.is_contiguous() else bias
+        self._no_bias = bias is None
+        self._columns, self._rows = sizes[0], self._made.weight.rows
+        library, isa = load()
+        self._linear, self._weight, self._isa = library.hflb_linear, ctypes.byref(self._made.weight), ISAS.index(isa)
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """Return what :func:`linear` would, or None where that has to be asked.
+
+        Args:
+            x: (..., in_features) on any device, seen by nobody but us.
+        """
+        shape, dtype = x.shape, x.dtype
+        count = x.numel() // self._columns
+        if not (
+            0 < count <= MOST_TOKENS_TILES
+            and shape[-1] == self._columns
+            and dtype in DIGITS
+            and x.is_cpu
+            and x.is_contiguous()
+            and (self._no_bias or (self._bias is not None and self._bias.dtype is dtype))
+            and _stamp(self._tensors) == self._stamp
+        ):
+            return None
+        out = torch.empty((*shape[:-1], self._rows), dtype=dtype)
+        failed = self._linear(
+            self._weight, x.data_ptr(), DTYPES[dtype], count, None if self._bias is None else self._bias.data_ptr(),
+            out.data_ptr(), DIGITS[dtype], self._isa, torch.get_num_threads(),
+        )  # fmt: skip
+        return None if failed else out
 
 
 def linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes, digits: int = 0) -> Tensor:

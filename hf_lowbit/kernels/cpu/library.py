@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 logger = logging.getLogger(__name__)
-ABI = 3
+ABI = 4
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NAME = "_binary"
@@ -25,7 +25,7 @@ class Weight(ctypes.Structure):
     """``hflb_weight`` of ``csrc/binary.h``."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "blocks", "block_size", "runs")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "blocks", "block_size", "runs", "used_runs")),
         *((name, ctypes.c_int64) for name in ("groups", "salient_groups", "scale_dtype")),
         *((name, ctypes.c_void_p) for name in ("sign", "group", "keep", "row_scale", "row_shift", "plain_scale")),
         *(

@@ -53,8 +53,16 @@ HFLB_INLINE void store_as(void* to, int64_t at, Floats value) {
 // Sixteen columns: the first where bit `bit` of the bytes is 1, else the second.
 typedef __m128i Bits;
 HFLB_INLINE Bits bits_of(const uint8_t* bytes) { return _mm_loadu_si128((const __m128i*)bytes); }
+HFLB_INLINE __mmask16 ones(Bits bytes, int bit) { return _mm_test_epi8_mask(bytes, _mm_set1_epi8((char)(1 << bit))); }
 HFLB_INLINE Floats choose(Bits bytes, int bit, Floats yes, Floats no) {
-    return _mm512_mask_blend_ps(_mm_movepi8_mask(_mm_slli_epi16(bytes, 7 - bit)), no, yes);
+    return _mm512_mask_blend_ps(ones(bytes, bit), no, yes);
+}
+HFLB_INLINE Floats times_where(Bits bytes, int bit, Floats a, Floats b, Floats no) {
+    return _mm512_mask_mul_ps(no, ones(bytes, bit), a, b);
+}
+HFLB_INLINE Floats negated_unless(Bits bytes, int bit, Floats value) {
+    const __mmask16 zeros = _mm_testn_epi8_mask(bytes, _mm_set1_epi8((char)(1 << bit)));
+    return _mm512_mask_xor_ps(value, zeros, value, _mm512_set1_ps(-0.0f));
 }
 
 HFLB_INLINE Ints spread(int32_t value) { return _mm512_set1_epi32(value); }
@@ -107,7 +115,9 @@ HFLB_INLINE void load_rows(const uint8_t* from, const int64_t* at, int64_t group
     }
 }
 
+const bool STARTS = true;
 HFLB_INLINE Sums no_sums() { return _mm512_setzero_si512(); }
+HFLB_INLINE Sums sums_from(int32_t start) { return _mm512_set1_epi32(start); }
 HFLB_INLINE Four four_of(const int8_t* digits) {
     int32_t four;
     memcpy(&four, digits, 4);

@@ -15,7 +15,7 @@
 
 #include "half.h"
 
-#define HFLB_ABI 3
+#define HFLB_ABI 4
 #define HFLB_GROUP 128  // columns of a group of a plane, in 16 bytes
 #define HFLB_RUN 16     // columns of a run: one bit position of a group
 #define HFLB_TILE 16    // rows that are worked on together
@@ -33,6 +33,7 @@ typedef struct {
     int64_t blocks;          // of block_size columns, which share a row scale
     int64_t block_size;      // a multiple of 128
     int64_t runs;            // a multiple of 8; 0 without salient columns
+    int64_t used_runs;       // the first of them; the others fill up a group and are empty
     int64_t groups;          // codes of plain columns, 1 or 2
     int64_t salient_groups;  // codes of salient columns, 0, 1 or 2
     int64_t scale_dtype;     // of row_scale and row_shift: HFLB_F16 or HFLB_F32

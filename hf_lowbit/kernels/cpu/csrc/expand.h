@@ -38,8 +38,8 @@ HFLB_INLINE Scales gather_scales(const hflb_weight* w, int64_t row0, float* to) 
 template <int CODED>
 HFLB_INLINE Floats signed_of(Bits sign, Bits code, int bit, const float* columns, int64_t other, const Floats* scale) {
     Floats value = times(load(columns), scale[0]);
-    if (CODED) value = choose(code, bit, times(load(columns + other), scale[1]), value);
-    return choose(sign, bit, value, negated(value));
+    if (CODED) value = times_where(code, bit, load(columns + other), scale[1], value);
+    return negated_unless(sign, bit, value);
 }
 
 // With the shift, and 0 where pruned; `shift` and `keep` may be null.
@@ -87,34 +87,40 @@ HFLB_INLINE void expand_runs(const hflb_weight* weight, Scales table, int64_t ro
     const int64_t G = w.groups, S = w.salient_groups, run_bytes = w.runs * 2, plane = w.rows * run_bytes;
     Floats scale[4], offset[2];
     const Floats* shift = table.shift ? offset : 0;
-    for (int64_t run = 0; run < w.runs; ++run) {
-        const int64_t block = w.run_block[run], at = run * HFLB_RUN;
-        for (int64_t h = 0; (!run || block != w.run_block[run - 1]) && h < S; ++h) {
-            scale[h] = spread(table.scale[(h * w.blocks + block) * HFLB_TILE + r]);
-            scale[2 + h] = spread(table.scale[((S + G + h) * w.blocks + block) * HFLB_TILE + r]);
-            if (shift) offset[h] = spread(table.shift[(h * w.blocks + block) * HFLB_TILE + r]);
-        }
-        const uint8_t* planes = w.run_planes + row * run_bytes + run / 8 * 16;
+    for (int64_t g = 0; g < w.runs / 8; ++g) {
+        const uint8_t* planes = w.run_planes + row * run_bytes + g * 16;
         const Bits code = bits_of(CODED ? planes + plane : planes);
         const uint8_t* keep = w.keep ? planes + 3 * plane : 0;
-        const int bit = (int)(run % 8);
-        const int64_t slots = w.runs * HFLB_RUN;
-        const Floats first = signed_of<CODED>(bits_of(planes), code, bit, w.first_scale + at, slots, scale);
-        const Floats second =
-            signed_of<CODED>(bits_of(planes + 2 * plane), code, bit, w.second_scale + at, slots, scale + 2);
-        const Floats shifted = finished<CODED>(first, code, 0, bit, shift);
-        const Floats value = finished<CODED>(plus(shifted, second), code, keep, bit, 0);
-        if (apart) {
-            store_as<DTYPE>(out, at, value);
-            continue;
-        }
-        uint32_t some[HFLB_RUN];
-        store_as<DTYPE>(some, 0, value);
-        for (int i = 0; i < HFLB_RUN; ++i) {
-            const int32_t column = w.run_column[at + i];
-            if (column < 0) continue;
-            if (DTYPE == HFLB_F32) ((uint32_t*)out)[column] = some[i];
-            else ((uint16_t*)out)[column] = ((const uint16_t*)some)[i];
+#pragma GCC unroll 8
+        for (int bit = 0; bit < 8; ++bit) {
+            const int64_t run = g * 8 + bit, block = w.run_block[run], at = run * HFLB_RUN;
+            if (run >= w.used_runs) {
+                if (apart) store_as<DTYPE>(out, at, spread(0.0f));
+                continue;
+            }
+            for (int64_t h = 0; (!run || block != w.run_block[run - 1]) && h < S; ++h) {
+                scale[h] = spread(table.scale[(h * w.blocks + block) * HFLB_TILE + r]);
+                scale[2 + h] = spread(table.scale[((S + G + h) * w.blocks + block) * HFLB_TILE + r]);
+                if (shift) offset[h] = spread(table.shift[(h * w.blocks + block) * HFLB_TILE + r]);
+            }
+            const int64_t slots = w.runs * HFLB_RUN;
+            const Floats first = signed_of<CODED>(bits_of(planes), code, bit, w.first_scale + at, slots, scale);
+            const Floats second =
+                signed_of<CODED>(bits_of(planes + 2 * plane), code, bit, w.second_scale + at, slots, scale + 2);
+            const Floats shifted = finished<CODED>(first, code, 0, bit, shift);
+            const Floats value = finished<CODED>(plus(shifted, second), code, keep, bit, 0);
+            if (apart) {
+                store_as<DTYPE>(out, at, value);
+                continue;
+            }
+            uint32_t some[HFLB_RUN];
+            store_as<DTYPE>(some, 0, value);
+            for (int i = 0; i < HFLB_RUN; ++i) {
+                const int32_t column = w.run_column[at + i];
+                if (column < 0) continue;
+                if (DTYPE == HFLB_F32) ((uint32_t*)out)[column] = some[i];
+                else ((uint16_t*)out)[column] = ((const uint16_t*)some)[i];
+            }
         }
     }
 }

@@ -1,11 +1,11 @@
 // One tile of 16 rows, for any instruction set. The including file defines, in an anonymous namespace, things of 16
 // parts, one for each row of the tile (or for each of 16 columns, in `make_token` and `expand`):
-//   Floats                          load, store, spread, times, fma, plus, choose, negated, magnitude, larger, from_halves,
-//                                   from_brains, store_as (in a dtype)
+//   Floats                          load, store, spread, times, fma, plus, choose, times_where, negated_unless, negated,
+//                                   magnitude, larger, from_halves, from_brains, store_as (in a dtype)
 //   Ints                            spread, plus, shift_up, to_floats, to_ints, next_digit, store_digit, sum_of
 //   Bytes                           four bytes each: load_rows, both, inverse, evens, odds, weights
 //   Four                            four digits, in every part: four_of
-//   Sums                            of products of four bytes: no_sums, dot, total
+//   Sums                            of products of four bytes: no_sums, dot, total; sums_from, if STARTS says so
 // and AT_ONCE, how often 16 rows or how many tokens there are registers for.
 // A weight is a byte: 2 * high + low, of two bits. With the sign where the code of a position is h as the high bit, and
 // "the code is another" as the low bit, it is 1 +- 1 where the code is h, else 1. The plain sum of the activations, which
@@ -75,12 +75,19 @@ HFLB_INLINE int pairs_of(
     return 1;
 }
 
+// The digits' sums before anything is added; `start` belongs to the value that `joined` makes of them.
+template <int DIGITS>
+HFLB_INLINE void begin(Sums* sum, int32_t start) {
+    for (int d = 0; d < DIGITS; ++d) sum[d] = no_sums();
+    if (STARTS) sum[DIGITS - 1] = sums_from(start);
+}
+
 // The digits' sums as one, from the most significant on.
 template <int DIGITS>
 HFLB_INLINE Ints joined(const Sums* sum, int32_t start) {
     Ints all = total(sum[0]);
     for (int d = 1; d < DIGITS; ++d) all = plus(shift_up(all), total(sum[d]));
-    return plus(all, spread(start));
+    return STARTS ? all : plus(all, spread(start));
 }
 
 // Sums of the 16 columns of one bit position.
@@ -103,8 +110,7 @@ template <int DIGITS, int TOKENS, int HALVES>
 HFLB_INLINE void products(const Pairs* pairs, const int8_t* const* digits, const int32_t* start, Ints (*out)[HALVES]) {
     Sums sum[TOKENS][HALVES][DIGITS];
     for (int t = 0; t < TOKENS; ++t)
-        for (int h = 0; h < HALVES; ++h)
-            for (int d = 0; d < DIGITS; ++d) sum[t][h][d] = no_sums();
+        for (int h = 0; h < HALVES; ++h) begin<DIGITS>(sum[t][h], start[t]);
 #pragma GCC unroll 4
     for (int k = 0; k < WORDS; ++k) {
 #pragma GCC unroll 8
@@ -175,6 +181,7 @@ HFLB_INLINE void run_group(
         for (int h = 0; h < HALVES; ++h) needed = pairs_of(w, planes + h, g % STRIP, S > 1, code, shift, pairs + h);
 #pragma GCC unroll 8
         for (int bit = 0; bit < BITS; ++bit) {
+            if (g * BITS + bit >= w->used_runs) break;
             const uint8_t* scales = scales_at(w, table, entries, w->run_block[g * BITS + bit], row0);
             Floats scale[HALVES];
             for (int h = 0; h < HALVES; ++h) scale[h] = scales_of(w, scales, entry * HFLB_STRIP + h * HFLB_TILE);
@@ -182,11 +189,10 @@ HFLB_INLINE void run_group(
                 const hflb_digits* x = part ? &tokens[t].second : &tokens[t].first;
                 const int8_t* digits = x->bytes + at * DIGITS * HFLB_GROUP + bit * HFLB_RUN;
                 const int32_t plain = x->sum[at * BITS + bit];
-                Sums sum[HALVES][DIGITS];
-                for (int h = 0; h < HALVES; ++h)
-                    for (int d = 0; d < DIGITS; ++d) sum[h][d] = no_sums();
-                if (needed) add_words<DIGITS, HALVES>(pairs, bit, digits, sum);
                 const int32_t start = !needed ? plain : shift ? 0 : -plain;
+                Sums sum[HALVES][DIGITS];
+                for (int h = 0; h < HALVES; ++h) begin<DIGITS>(sum[h], start);
+                if (needed) add_words<DIGITS, HALVES>(pairs, bit, digits, sum);
                 for (int h = 0; h < HALVES; ++h)
                     sums[t][h] = add_scaled(sums[t][h], scale[h], x->scale[g], joined<DIGITS>(sum[h], start));
             }

@@ -68,6 +68,10 @@ HFLB_INLINE Floats choose(Bits bytes, int bit, Floats yes, Floats no) {
     const __m256 b = _mm256_castsi256_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(is, 8)));
     return {_mm256_blendv_ps(no.a, yes.a, a), _mm256_blendv_ps(no.b, yes.b, b)};
 }
+HFLB_INLINE Floats times_where(Bits bytes, int bit, Floats a, Floats b, Floats no) {
+    return choose(bytes, bit, times(a, b), no);
+}
+HFLB_INLINE Floats negated_unless(Bits bytes, int bit, Floats value) { return choose(bytes, bit, value, negated(value)); }
 
 HFLB_INLINE Ints spread(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
 HFLB_INLINE Ints plus(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
@@ -137,6 +141,8 @@ HFLB_INLINE void load_rows(const uint8_t* from, const int64_t* at, int64_t group
     }
 }
 
+const bool STARTS = false;  // sums of 16 bits
+HFLB_INLINE Sums sums_from(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 HFLB_INLINE Sums no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 HFLB_INLINE Four four_of(const int8_t* digits) {
     int32_t four;

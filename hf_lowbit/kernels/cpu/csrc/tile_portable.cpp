@@ -39,6 +39,10 @@ HFLB_INLINE Bits bits_of(const uint8_t* bytes) { return bytes; }
 HFLB_INLINE Floats choose(Bits bytes, int bit, const Floats& yes, const Floats& no) {
     EACH(Floats, bytes[i] >> bit & 1 ? yes.v[i] : no.v[i]);
 }
+HFLB_INLINE Floats times_where(Bits bytes, int bit, const Floats& a, const Floats& b, const Floats& no) {
+    return choose(bytes, bit, times(a, b), no);
+}
+HFLB_INLINE Floats negated_unless(Bits bytes, int bit, const Floats& value) { return choose(bytes, bit, value, negated(value)); }
 
 HFLB_INLINE Ints spread(int32_t value) { EACH(Ints, value); }
 // unsigned, for sums may wrap on the way
@@ -68,6 +72,8 @@ HFLB_INLINE void load_rows(const uint8_t* from, const int64_t* at, int64_t group
         for (int i = 0; i < 16; ++i) memcpy(&to[k].v[i], from + at[i] + 4 * k, 4);
 }
 
+const bool STARTS = true;
+HFLB_INLINE Sums sums_from(int32_t start) { return spread(start); }
 HFLB_INLINE Sums no_sums() { return Sums(); }
 HFLB_INLINE Four four_of(const int8_t* digits) {
     Four four;
