@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hf_lowbit.cache import ReCalKVCache
     from hf_lowbit.config import CalibrationRecord, LowBitConfig, RunOptions
     from hf_lowbit.errors import CalibrationError, CheckpointError, HfLowbitError, UnsupportedModelError
     from hf_lowbit.hf.entry import quantize, register
@@ -42,6 +43,7 @@ _HOMES = {
     "LowBitRecipe": "recipe",
     "PBS2PConfig": "methods.pbs2p",
     "PackedLinear": "layers",
+    "ReCalKVCache": "cache",
     "ReCalKVConfig": "methods.recalkv",
     "RunOptions": "config",
     "UnsupportedModelError": "errors",
@@ -62,6 +64,7 @@ __all__ = [
     "LowBitRecipe",
     "PBS2PConfig",
     "PackedLinear",
+    "ReCalKVCache",
     "ReCalKVConfig",
     "RunOptions",
     "UnsupportedModelError",

@@ -1,8 +1,8 @@
-"""The demo runs from the first line to the last on the real model, with hardly any data."""
+"""The examples run from the first line to the last on the real model, with hardly any data."""
 
 import pytest
 
-from examples import demo
+from examples import demo, long_context
 
 
 @pytest.mark.slow
@@ -15,3 +15,14 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"rounding", "billm", "arb-rc"}
     for line in ("dense, bfloat16", "plain 1-bit rounding", "BiLLM-style", "ARB-LLM_RC"):
         assert line in shown
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_long_context(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["long_context", "--fast", "--out", str(tmp_path)])
+    long_context.main()
+    shown = capsys.readouterr().out
+    for line in ("23,040", "7.11", "1.98", "latents of 4 bits", "it wrote was the same with the cache from the file"):
+        assert line in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["article.safetensors"]
