@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_adasvd, report_pbs2p, report_texts
+from benchmarks import report_adasvd, report_pbs2p, report_recalkv, report_texts
 from benchmarks.common import RESULTS, ROOT, read_results
 from benchmarks.tables import number as _number
 from benchmarks.tables import table as _table
@@ -215,6 +215,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **report_pbs2p.TABLES,
     **report_adasvd.TABLES,
     **report_texts.TABLES,
+    **report_recalkv.TABLES,
 }
 
 
