@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_lowbit import AdaSVDConfig, RunOptions
+from hf_lowbit import AdaSVDConfig, ReCalKVConfig, RunOptions
 from hf_lowbit.calibration.stats import LinearStats
 from hf_lowbit.compress.team import Team
 from hf_lowbit.hf.save import REPORT_FILE, save_model
@@ -50,10 +50,13 @@ CASES = {
     "mixtral-data": {},
     "llama-sparse": {"n": 4},
     "llama-ratio": {"ratio": 0.5},
+    "llama-latent": {"rank_multiple": 4, "ocmf": "cross"},
 }
 
 
 def config_of(changes, run):
+    if "rank_multiple" in changes:
+        return ReCalKVConfig(calibration=tokens(8), samples=8, run=run, **changes)
     if "ratio" in changes:
         return AdaSVDConfig(calibration=tokens(8), samples=8, run=run, **changes)
     return (sparse if "n" in changes else quick)(run=run, **changes)
@@ -108,6 +111,15 @@ def test_calibrated_run_gives_the_same_within_rounding(by_two, architecture, tmp
     loaded = AutoModelForCausalLM.from_pretrained(by_two / case)
     difference = (logits(loaded) - logits(alone)).square().mean() / logits(alone).square().mean()
     assert float(difference) < 1e-3
+
+
+def test_two_processes_give_latents_the_same_ranks(by_two, tmp_path):
+    """Gradients, moments and products of both models' inputs are summed over all."""
+    alone = by_one(by_two, "llama-latent", tmp_path / "one").config.quantization_config
+    shared = AutoModelForCausalLM.from_pretrained(by_two / "llama-latent").config.quantization_config
+    assert shared.layers == alone.layers
+    for name, row in alone.modules.items():
+        assert shared.modules[name]["error"] == pytest.approx(row["error"], rel=1e-3)
 
 
 def test_two_processes_plan_as_one(by_two, tmp_path):
