@@ -12,11 +12,6 @@ pytestmark = pytest.mark.gpu
 USES = ("generate_by_itself", "padding_on_the_left", "static_cache", "beam_search", "crop", "reset_of_static_cache")
 
 
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equality_with_the_dense_model(family, use):
