@@ -135,6 +135,21 @@ def latents() -> str:
     return table(header, rows)
 
 
+def elsewhere() -> str:
+    """Return perplexities on text of another kind."""
+    found = _figures("elsewhere")
+    if "dense" not in found:
+        return NOT_YET
+    dense = found["dense"]["perplexity_24"]
+    shown = [
+        f"{TITLES[key.partition(', ')[0]].replace('**', '')}: {number(row['perplexity_24'], 1)} "
+        f"({row['perplexity_24'] / dense:.2f} ×)"
+        for key, row in found.items()
+        if key != "dense"
+    ]
+    return f"On 24 × 512 tokens of news reports, 0.4 kept: dense {number(dense, 1)}; {'; '.join(shown)}."
+
+
 def ranks() -> str:
     """Return the ranks that the default gives keys and values, drawn as bars."""
     found = _figures("table")
@@ -177,6 +192,7 @@ TABLES = {
     "recalkv-runs": runs,
     "recalkv-heads": heads,
     "recalkv-latents": latents,
+    "recalkv-elsewhere": elsewhere,
     "recalkv-ranks": ranks,
     "recalkv-errors": errors,
     "recalkv-paper": paper,

@@ -1,17 +1,18 @@
 """Quality of ReCalKV: perplexity at 50, 60 and 70 % compression of the cache, and which part of the method helps.
 
-    python -m benchmarks.quality.recalkv --part table singles errors    # about twenty minutes on one core
+    python -m benchmarks.quality.recalkv --part table singles           # about half an hour on one core
     python -m benchmarks.quality.recalkv --part runs                    # whole runs: through files, and in sequence
     python -m benchmarks.quality.recalkv --part heads                   # a model that does not share heads (no GQA)
-    python -m benchmarks.quality.recalkv --part latents                 # latents of 4 and 3 bits
+    python -m benchmarks.quality.recalkv --part latents                 # latents of 8, 4 and 3 bits
+    python -m benchmarks.quality.recalkv --part elsewhere               # measured on news instead of articles
     python -m benchmarks.report                                         # renders the tables from the result files
 
 What a result file holds already is not measured again; remove the file to measure anew.
 
 The protocol is that of the figures known before: Wikipedia articles, every other one for calibration (32 sequences of
 512 tokens), the others for measuring (6 sequences of 512 tokens, evenly spaced). Six sequences are few, so a second
-figure is of 24, the six among them. ``table``, ``singles`` and ``errors`` fit every variant to the same statistics of
-the dense model; ``runs`` are complete runs of the package.
+figure is of 24, the six among them. Every variant is fitted to the same statistics of the dense model, but for
+``runs``, which are complete runs of the package.
 
 Writes ``benchmarks/results/quality_recalkv/*.json``.
 """
@@ -40,6 +41,7 @@ from benchmarks.common import calibration_sequences, heldout_sequences, read_res
 from benchmarks.quality import multihead as multihead_model
 from hf_lowbit import PackedLinear, ReCalKVConfig, RunOptions, registry
 from hf_lowbit.calibration import capture
+from hf_lowbit.calibration.data import load_texts, tokenize
 from hf_lowbit.calibration.stats import LinearStats, PairedStats
 from hf_lowbit.compress.engine import Run
 from hf_lowbit.compress.measures import GradientStats, StackMeasures
@@ -350,12 +352,27 @@ def _with_codes(bench: Bench, bits: int, rotation: bool, options: dict[str, Any]
     return {**figures, "kept": found["kept"], "bytes_per_token": held, "dense_bytes_per_token": dense}
 
 
+def elsewhere(record: Record) -> None:
+    """Measure on news reports, text of another kind than what everything was calibrated on."""
+    articles = smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
+    stream = tokenize(load_texts(str(assets.news())), tokenizer)
+    step = len(stream) // 24
+    news = torch.stack([stream[i * step : i * step + 512] for i in range(24)])
+    bench = copy.copy(articles)  # shares statistics and gradients
+    bench.heldout = news
+    record.take("dense", bench.figures)
+    for title in ("B", "F", "G", "default"):
+        record.take(f"{title}, 0.4", functools.partial(bench.measure, ratio=0.4, **VARIANTS[title]))
+
+
 PARTS: dict[str, Callable[[Record], None]] = {
     "table": table,
     "singles": singles,
     "runs": runs,
     "heads": heads,
     "latents": latents,
+    "elsewhere": elsewhere,
 }
 
 

@@ -28,7 +28,7 @@ from hf_lowbit.report.latents import cache_json, cache_table
 from hf_lowbit.report.verify import verify
 from tests.cache.latent_models import dense_model
 from tests.hf.test_transformers import logits, quick
-from tests.tiny import tiny_model, tiny_t5, tokens
+from tests.tiny import tiny_llava, tiny_model, tiny_t5, tokens
 
 QUIET = RunOptions(progress=False, batch_size=2)
 # family -> tokens that the cache of each layer holds of 11: a window of 8 keeps 7
@@ -233,6 +233,15 @@ def test_refusals_come_before_the_work(dense, tmp_path, monkeypatch):
             hf_lowbit.quantize(model, small())
     with pytest.raises(ValueError, match="recent_window needs latent_bits"):
         small(recent_window=4)
+
+
+def test_towers_of_other_kind_stay_dense():
+    model = tiny_llava()
+    report = hf_lowbit.quantize(model, small())
+    assert {row["module"].rpartition(".self_attn")[0] for row in report.rows} == {
+        f"model.language_model.layers.{i}" for i in range(2)
+    }
+    assert not any(isinstance(module, LatentAttention) for module in model.model.vision_tower.modules())
 
 
 def test_skipped_layers_keep_keys_and_values(dense):
