@@ -71,7 +71,8 @@ def _energies(
     for name, weight, stats in measures.dense_inputs(list(by_name)):
         projection, weight = by_name[name], weight.double()
         moment = stats.second_moment(torch.float64) if options.whiten else None
-        metric = output_metric(gradients[name].second_moment if gradients else None, projection, options)
+        products = gradients[name].second_moment if gradients else None
+        metric = output_metric(products, projection, options, weight.device)
         parts = []
         for group in group_heads(weight, moment, projection, options, metric):
             own = block_of(metric, group, projection)

@@ -88,7 +88,7 @@ def factorize(
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{where}: weight holds NaN or infinity")
     row: dict[str, Any] = {}
-    metric = output_metric(inputs.gradients, projection, options)
+    metric = output_metric(inputs.gradients, projection, options, weight.device)
     groups = group_heads(weight, moment, projection, options, metric, row)
     group_ranks = ranks_of_groups(projection, groups, options)
     ups, downs = [], []
@@ -140,7 +140,9 @@ def block_of(metric: Tensor | None, group: Sequence[int], projection: Projection
     return block if bool(block.any()) else None
 
 
-def output_metric(gradients: Tensor | None, projection: Projection, options: ReCalKVConfig) -> Tensor | None:
+def output_metric(
+    gradients: Tensor | None, projection: Projection, options: ReCalKVConfig, device: torch.device
+) -> Tensor | None:
     """Return how much errors of the outputs matter: the loss's gradients squared, with mean 1, or None for all alike.
 
     To second order and for the loss's own distribution, an error ``e`` of the outputs for a token costs ``eᵀ F e / 2``
@@ -153,13 +155,14 @@ def output_metric(gradients: Tensor | None, projection: Projection, options: ReC
         gradients: (n, n), Σ g gᵀ, or None.
         projection: whose heads stand apart for ``weighting="loss_by_head"``.
         options: ``weighting``.
+        device: of the result.
 
     Raises:
         ValueError: it holds NaN or infinity.
     """
     if gradients is None or options.weighting == "none":
         return None
-    found = gradients.double()
+    found = gradients.to(device, torch.float64)
     if not bool(torch.isfinite(found).all()):
         raise ValueError(f"{projection.name}: second moment of its gradients holds NaN or infinity")
     if options.weighting == "loss_by_head":

@@ -19,11 +19,13 @@ class ReCalKVConfig(CalibratedConfig):
     """A key-value cache of latents: low-rank key and value projections (ReCalKV, arXiv 2505.24357).
 
     ``ReCalKVConfig(ratio=0.5)`` keeps half of the numbers that the cache holds per token. Each key or value projection
-    W becomes a down-projection, whose output is cached, and an up-projection, applied when a token attends. Ranks
-    follow the gradients of the model under one budget; groups of heads, and what they are fitted to, are options. With
-    ``calibration=None`` no data is used: plain singular value decomposition with the same rank everywhere.
+    W becomes a down-projection, whose output is cached, and an up-projection, applied when a token attends. Factors
+    and ranks, which share one budget, lose as little as possible of what the model's loss depends on. That takes one
+    backward pass over a few sequences, made block by block. With ``calibration=None`` no data is used: plain singular
+    value decomposition with the same rank everywhere.
 
-    ``ReCalKVConfig.paper(...)`` has the published choices, ``ReCalKVConfig(...)`` those that were best here.
+    ``ReCalKVConfig.paper(...)`` has the published choices, ``ReCalKVConfig(...)`` those that were best in
+    ``benchmarks/quality/recalkv.py``.
 
     Attributes:
         layers: rank of each key and value projection by name. Filled by the run; given beforehand, these are used as
