@@ -77,7 +77,8 @@ class Prepared:
             own["sign"] = pack_plane(spread(unpack_plane(sign, kept), keep))
             if group is not None:
                 own["group"] = pack_plane(spread(unpack_plane(group[0], kept), keep))
-            own["keep"] = mask
+            # with two codes a plane for each of them, which costs the kernel nothing beside the one it is told of
+            own["keep"] = mask if group is None else pack_plane(keep & ~unpack_plane(own["group"], in_features))
         columns = torch.ones(codes, in_features) if col_scale is None else col_scale.float()
         plain = torch.zeros(codes, padded)
         plain[:, :in_features] = columns[:codes]
@@ -111,7 +112,7 @@ class Prepared:
             **{"sign": sign.data_ptr(), "group": None if group is None else group.data_ptr()}
             | {name: tensor.data_ptr() for name, tensor in own.items()},
         )
-        self.nbytes = sum(tensor.nbytes for name, tensor in own.items() if name != "keep")
+        self.nbytes = sum(tensor.nbytes for tensor in own.values() if tensor is not mask)
 
 
 def _in_strips(table: Tensor) -> Tensor:
@@ -153,7 +154,8 @@ def _runs(
     none = torch.zeros_like(signs)
     bits = [signs, none if group is None else gathered(group, in_features, column), gathered(sign2, count, safe)]
     if keep is not None:
-        bits.append(keep[:, column] & used)
+        kept = keep[:, column] & used
+        bits.append(kept & ~bits[1] if codes > 1 else kept)
     return {
         "run_planes": torch.stack([pack_plane(each) for each in bits]),
         "run_column": torch.where(used, column, -1).to(torch.int32).contiguous(),

@@ -38,8 +38,8 @@ typedef struct {
     int64_t salient_groups;  // codes of salient columns, 0, 1 or 2
     int64_t scale_dtype;     // of row_scale and row_shift: HFLB_F16 or HFLB_F32
     const uint8_t* sign;       // [rows][16 * groups of columns]
-    const uint8_t* group;      // the same, with two groups; else null
-    const uint8_t* keep;       // the same: 0 where a weight is pruned; null without a mask
+    const uint8_t* group;      // the same, with two groups: where the code is 1 and the weight kept; else null
+    const uint8_t* keep;       // the same: where a weight is kept, and with two groups its code is 0; null without a mask
     const void* row_scale;     // [rows / 64][blocks][2 * salient_groups + groups][64]: rows are filled up with 0
     const void* row_shift;     // [rows / 64][blocks][salient_groups + groups][64] or null
     const float* plain_scale;  // [groups][padded columns]: column scales, 0 for salient columns and padding
@@ -47,7 +47,7 @@ typedef struct {
     const int32_t* run_block;    // [runs]
     const float* first_scale;    // [salient_groups][runs * 16]: column scales, 0 for an empty slot
     const float* second_scale;   // [salient_groups][runs * 16]
-    const uint8_t* run_planes;   // [4][rows][runs * 2]: signs, codes, signs of the second plane, and keep with a mask
+    const uint8_t* run_planes;   // [4][rows][runs * 2]: signs, group, signs of the second plane, and keep with a mask
 } hflb_weight;
 
 // Activations of one token as integers, in bytes, most significant first.

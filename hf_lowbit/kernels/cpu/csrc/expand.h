@@ -46,7 +46,9 @@ HFLB_INLINE Floats signed_of(Bits sign, Bits code, int bit, const float* columns
 template <int CODED>
 HFLB_INLINE Floats finished(Floats value, Bits code, const uint8_t* keep, int bit, const Floats* shift) {
     if (shift) value = plus(value, CODED ? choose(code, bit, shift[1], shift[0]) : shift[0]);
-    return keep ? choose(bits_of(keep), bit, value, spread(0.0f)) : value;
+    if (!keep) return value;
+    const Floats kept = choose(bits_of(keep), bit, value, spread(0.0f));
+    return CODED ? choose(code, bit, value, kept) : kept;
 }
 
 // Plain columns of one row. MORE: there are shifts or a mask.

@@ -39,8 +39,7 @@ HFLB_INLINE void sign_bits(
             high[k] = sign[k], low[k] = no_bytes();
             continue;
         }
-        Bytes is = !coded ? keep[k] : h ? codes[k] : inverse(codes[k]);
-        if (coded && w->keep) is = both(is, keep[k]);
+        const Bytes is = !coded || (w->keep && !h) ? keep[k] : h ? codes[k] : inverse(codes[k]);
         high[k] = both(is, sign[k]), low[k] = inverse(is);
     }
 }
@@ -52,8 +51,7 @@ HFLB_INLINE void code_bits(
     const Bytes* codes = from->code + group * WORDS;
     const Bytes* keep = from->keep + group * WORDS;
     for (int k = 0; k < WORDS; ++k) {
-        Bytes is = !coded ? keep[k] : h ? codes[k] : inverse(codes[k]);
-        if (coded && w->keep) is = both(is, keep[k]);
+        const Bytes is = !coded || (w->keep && !h) ? keep[k] : h ? codes[k] : inverse(codes[k]);
         high[k] = no_bytes(), low[k] = is;
     }
 }
@@ -104,10 +102,18 @@ HFLB_INLINE void add_words(const Pairs* pairs, int bit, const int8_t* digits, Su
     }
 }
 
+// Two pieces of memory that are soon needed, HALVES * 4 lines of the cache each. They are asked for one line at a time
+// between products: more at once than the processor has buffers for would hold up all that comes after.
+struct Ahead {
+    const uint8_t *first, *second;
+};
+
 // Sums of 128 columns: HALVES times 16 rows, which share what is loaded of the activations, and TOKENS tokens, which
 // share the weights.
 template <int DIGITS, int TOKENS, int HALVES>
-HFLB_INLINE void products(const Pairs* pairs, const int8_t* const* digits, const int32_t* start, Ints (*out)[HALVES]) {
+HFLB_INLINE void products(
+    const Pairs* pairs, const int8_t* const* digits, const int32_t* start, Ahead ahead, Ints (*out)[HALVES]
+) {
     Sums sum[TOKENS][HALVES][DIGITS];
     for (int t = 0; t < TOKENS; ++t)
         for (int h = 0; h < HALVES; ++h) begin<DIGITS>(sum[t][h], start[t]);
@@ -115,6 +121,8 @@ HFLB_INLINE void products(const Pairs* pairs, const int8_t* const* digits, const
     for (int k = 0; k < WORDS; ++k) {
 #pragma GCC unroll 8
         for (int bit = 0; bit < BITS; ++bit) {
+            const int line = (k * BITS + bit) % 16;
+            if (line < HALVES * 4) __builtin_prefetch((k < WORDS / 2 ? ahead.first : ahead.second) + line * 64, 0, 2);
             Bytes weight[HALVES];
             for (int h = 0; h < HALVES; ++h) weight[h] = weights(bit % 2 ? pairs[h].odd[k] : pairs[h].even[k], bit / 2);
             for (int t = 0; t < TOKENS; ++t)
@@ -132,10 +140,11 @@ HFLB_INLINE Floats add_scaled(Floats to, Floats scale, float unit, Ints value) {
     return fma(times(scale, spread(unit)), to_floats(value), to);
 }
 
-// Plain columns of one group of 128, for TOKENS tokens from x on.
+// Plain columns of one group of 128, for TOKENS tokens from x on. `ahead` has four pieces of memory to ask for.
 template <int DIGITS, int TOKENS, int HALVES>
 HFLB_INLINE void plain_group(
-    const hflb_weight* w, const hflb_token* x, int64_t row0, int64_t g, const Planes* planes, Floats (*sums)[HALVES]
+    const hflb_weight* w, const hflb_token* x, int64_t row0, int64_t g, const Planes* planes, const uint8_t* const* ahead,
+    Floats (*sums)[HALVES]
 ) {
     const int64_t groups = (w->columns + HFLB_GROUP - 1) / HFLB_GROUP, G = w->groups;
     const int64_t block = g / (w->block_size / HFLB_GROUP);
@@ -155,7 +164,8 @@ HFLB_INLINE void plain_group(
             start[t] = shift ? 0 : -x[t].plain.sum[at];
             for (int h = 0; h < HALVES; ++h) out[t][h] = spread(x[t].plain.sum[at]);
         }
-        if (needed) products<DIGITS, TOKENS, HALVES>(pairs, digits, start, out);
+        const Ahead two = {ahead[n % 2 * 2], ahead[n % 2 * 2 + 1]};
+        if (needed) products<DIGITS, TOKENS, HALVES>(pairs, digits, start, two, out);
         const uint8_t* scales = scales_at(w, table, entries, block, row0);
         for (int h = 0; h < HALVES; ++h) {
             const Floats scale = scales_of(w, scales, (w->salient_groups + code) * HFLB_STRIP + h * HFLB_TILE);
@@ -200,26 +210,33 @@ HFLB_INLINE void run_group(
     }
 }
 
-// Reading ahead: hardware follows the planes of so many rows badly. Group g's share of what the next rows need.
-HFLB_INLINE void fetch_ahead(const hflb_weight* w, int64_t row0, int64_t rows, int64_t g, int64_t groups) {
-    const int64_t next = row0 + rows, in_block = w->block_size / HFLB_GROUP, block = g / in_block;
+// Reading ahead: hardware follows the planes of so many rows badly. What the next rows need is asked for while these are
+// worked on, group g's share of it. The four pieces are left for `products` to ask for.
+HFLB_INLINE void fetch_ahead(
+    const hflb_weight* w, int64_t row0, int64_t rows, int64_t g, int64_t groups, const uint8_t** pieces
+) {
+    const int64_t next = row0 + rows, in_block = w->block_size / HFLB_GROUP, block = g / in_block, step = rows * 16;
+    const uint8_t* here = w->sign + row0 * groups * 16;  // nothing to ask for: what is there already
+    for (int i = 0; i < 4; ++i) pieces[i] = here;
     if (next + rows > w->rows) return;
-    const int64_t step = rows * 16, at = next * groups * 16 + g * step;
-    fetch(w->sign + at, step);
-    if (w->groups > 1) fetch(w->group + at, step);
-    if (w->keep) fetch(w->keep + at, step);
+    const int64_t at = next * groups * 16 + g * step;
+    int count = 0;
+    pieces[count++] = w->sign + at;
+    if (w->groups > 1) pieces[count++] = w->group + at;
+    if (w->keep) pieces[count++] = w->keep + at;
+    const int64_t lines = w->runs * (w->keep ? 4 : 3), first = lines * g / groups, last = lines * (g + 1) / groups;
+    for (int64_t line = first; line < last; ++line) {
+        const int64_t plane = line / w->runs, bytes = rows * 2;
+        if (plane != 1 || w->salient_groups > 1)
+            fetch(w->run_planes + (plane * w->rows + next) * w->runs * 2 + line % w->runs * bytes, bytes);
+    }
     if (g % in_block || next % HFLB_STRIP) return;
-    const int64_t size = HFLB_STRIP * (w->scale_dtype == HFLB_F16 ? 2 : 4);
-    fetch(scales_at(w, w->row_scale, scale_entries(w), block, next), scale_entries(w) * size);
+    const int64_t size = HFLB_STRIP * (w->scale_dtype == HFLB_F16 ? 2 : 4), scales = scale_entries(w) * size;
+    const uint8_t* table = scales_at(w, w->row_scale, scale_entries(w), block, next);
+    const int64_t asked = count < 2 * w->groups ? rows * 16 : 0;  // by `products`
+    if (asked) pieces[count++] = table;
+    fetch(table + asked, scales - asked);
     if (w->row_shift) fetch(scales_at(w, w->row_shift, shift_entries(w), block, next), shift_entries(w) * size);
-}
-
-// The same for one group of runs.
-HFLB_INLINE void fetch_runs_ahead(const hflb_weight* w, int64_t row0, int64_t rows, int64_t g) {
-    const int64_t bytes = w->runs * 2, next = row0 + rows, step = rows * 16;
-    if (next + rows > w->rows) return;
-    for (int64_t plane = 0; plane < (w->keep ? 4 : 3); ++plane)
-        if (plane != 1 || w->salient_groups > 1) fetch(w->run_planes + (plane * w->rows + next) * bytes + g * step, step);
 }
 
 // HALVES times 16 rows for TOKENS tokens from number m on.
@@ -237,18 +254,19 @@ inline void tile(const hflb_work* work, int64_t row0, int64_t m) {
     }
     Floats sums[TOKENS][HALVES];
     Planes planes[HALVES];
+    const uint8_t* ahead[4];
     for (int h = 0; h < HALVES; ++h) {
         for (int t = 0; t < TOKENS; ++t) sums[t][h] = spread(0.0f);
     }
     for (int64_t g = 0; g < groups; ++g) {
-        if (!m) fetch_ahead(w, row0, HALVES * HFLB_TILE, g, groups);
+        fetch_ahead(w, row0, m ? w->rows : HALVES * HFLB_TILE, g, groups, ahead);
         const int64_t strip = groups - g < STRIP ? groups - g : STRIP;
         for (int h = 0; h < HALVES && g % STRIP == 0; ++h) {
             load_rows(w->sign + g * 16, at + h * HFLB_TILE, strip, planes[h].sign);
             if (w->groups > 1) load_rows(w->group + g * 16, at + h * HFLB_TILE, strip, planes[h].code);
             if (w->keep) load_rows(w->keep + g * 16, at + h * HFLB_TILE, strip, planes[h].keep);
         }
-        plain_group<DIGITS, TOKENS, HALVES>(w, x, row0, g, planes, sums);
+        plain_group<DIGITS, TOKENS, HALVES>(w, x, row0, g, planes, ahead, sums);
     }
     for (int64_t from = 0; from < run_groups; from += STRIP) {
         const uint8_t* own = w->run_planes + from * 16;
@@ -261,7 +279,6 @@ inline void tile(const hflb_work* work, int64_t row0, int64_t m) {
             for (int h = 0; h < HALVES; ++h)
                 load_rows(own + 2 * part * plane, run_at + h * HFLB_TILE, strip, planes[h].sign);
             for (int64_t g = from; g < from + strip; ++g) {
-                if (!m && !part) fetch_runs_ahead(w, row0, HALVES * HFLB_TILE, g);
                 run_group<DIGITS, TOKENS, HALVES>(w, x, row0, g, part, planes, sums);
             }
         }
