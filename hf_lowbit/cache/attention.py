@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lowbit.cache.layers import LatentLayer, Layout, check_codes, claim
+from hf_lowbit.cache.adoption import claim
+from hf_lowbit.cache.layers import LatentLayer, Layout, check_codes
 from hf_lowbit.cache.projection import LatentProjection, become, is_latent
 from hf_lowbit.kernels import latent_attention
 
@@ -99,6 +100,8 @@ class LatentAttention:
             out = decode(self, query, layer, keys, values, attention_mask).unsqueeze(1)
         else:
             out, weights = self._attend(query, keys, values, layer, position_embeddings, attention_mask, kwargs)
+        if layer is not None:
+            layer.visible_positions = None  # those of a long prompt take memory, too
         return getattr(own, structure.output)(out.flatten(2)), weights
 
     def _check_call(self, kwargs: dict[str, Any]) -> None:

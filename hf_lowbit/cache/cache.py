@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from hf_lowbit.cache.adoption import claim
 from hf_lowbit.cache.attention import LatentAttention
-from hf_lowbit.cache.layers import LatentLayer, check_codes, claim
+from hf_lowbit.cache.layers import LatentLayer, check_codes
 
 
 class ReCalKVCache(Cache):

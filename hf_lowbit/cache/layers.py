@@ -11,7 +11,7 @@ transformers' own. Two things ride along:
   the latest tokens may be kept in full beside them.
 
 ``generate`` makes its own ``DynamicCache`` or ``StaticCache``. A layer of it is replaced by its latent twin when an
-attention module first uses it (:func:`claim`), so no call has to change.
+attention module first uses it (:mod:`hf_lowbit.cache.adoption`), so no call has to change.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import (
-    Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -74,8 +73,8 @@ class LatentLayer:
 
     Attributes:
         layout: what is stored.
-        visible_positions: (batch, tokens) int32, positions of what the last :meth:`update` returned; None without
-            rotary embeddings.
+        visible_positions: (batch, tokens) int32, positions of what the last :meth:`update` returned, until they are
+            used; None without rotary embeddings.
         latent_dtype: of the latents that came in; None before the first.
     """
 
@@ -328,7 +327,7 @@ class LatentSlidingLayer(_Growing, DynamicSlidingWindowLayer):
             )
 
 
-class _Fixed(LatentLayer):
+class FixedLayer(LatentLayer):
     """The part that both static layers share."""
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -357,89 +356,9 @@ class _Fixed(LatentLayer):
         raise ValueError("a static cache cannot change its batch; use a dynamic one")
 
 
-class LatentStaticLayer(_Fixed, StaticLayer):
+class LatentStaticLayer(FixedLayer, StaticLayer):
     """Memory for a fixed number of tokens, so that decoding can be compiled."""
 
 
-class LatentStaticSlidingLayer(_Fixed, StaticSlidingWindowLayer):
+class LatentStaticSlidingLayer(FixedLayer, StaticSlidingWindowLayer):
     """The same for the latest tokens of a sliding window."""
-
-
-# Adoption ----------------------------------------------------------------------------------------------------------
-
-
-def _twin(stock: Any) -> tuple[LatentLayer, Any] | None:
-    """Return an empty latent layer of the kind of ``stock``, and another stock layer of that kind."""
-    kind = type(stock)
-    if kind is DynamicLayer:
-        return LatentDynamicLayer(), DynamicLayer()
-    if kind is DynamicSlidingWindowLayer:
-        window = stock.sliding_window
-        twin = LatentSlidingLayer(sliding_window=window)
-        twin.record_past = stock.record_past
-        return twin, DynamicSlidingWindowLayer(sliding_window=window)
-    if kind is StaticLayer:
-        return LatentStaticLayer(max_cache_len=stock.max_cache_len), StaticLayer(max_cache_len=stock.max_cache_len)
-    if kind is StaticSlidingWindowLayer:
-        # The stock layer keeps only the smaller of window and length, which stands for both.
-        sizes = {"max_cache_len": stock.max_cache_len, "sliding_window": stock.max_cache_len}
-        return LatentStaticSlidingLayer(**sizes), StaticSlidingWindowLayer(**sizes)
-    return None
-
-
-def new_layer(stock: Any, layout: Layout) -> LatentLayer:
-    """Return the latent twin of an empty stock layer.
-
-    Raises:
-        TypeError: there is none of its kind.
-        ValueError: it holds tokens already, or a static layer is to keep recent tokens in full.
-    """
-    pair = _twin(stock)
-    if pair is None:
-        raise TypeError(
-            f"{layout.name}: a cache layer of type {type(stock).__name__} cannot hold latents; pass no cache, a "
-            "DynamicCache, a StaticCache or a ReCalKVCache (which also keeps latents in codes of few bits)"
-        )
-    if int(stock.get_seq_length()):
-        raise ValueError(
-            f"{layout.name}: the cache already holds {int(stock.get_seq_length())} tokens of dense keys and values; "
-            "fill it with this model from the start"
-        )
-    layer, places = pair
-    if layout.recent and isinstance(layer, _Fixed):
-        raise ValueError(f"{layout.name}: recent_window={layout.recent} needs a dynamic cache, this one is static")
-    layer.start(layout, places)
-    return layer
-
-
-def claim(cache: Any, index: int, layout: Layout) -> LatentLayer:
-    """Return the latent layer of a cache for an attention module, put in place of a stock layer at its first use.
-
-    Args:
-        cache: of the forward pass.
-        index: of the layer.
-        layout: what the module stores. A cache that has options of its own overrides ``bits`` and ``recent``.
-
-    Raises:
-        TypeError: the cache is of a kind that cannot hold latents.
-        ValueError: the layer belongs to other projections, or holds dense keys already.
-    """
-    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
-        raise TypeError(f"{layout.name}: past_key_values is a {type(cache).__name__}, which cannot hold latents")
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= index:
-            cache.layers.append(cache.layer_class_to_replicate())
-    if index >= len(cache.layers):
-        raise ValueError(f"{layout.name}: the cache has {len(cache.layers)} layers, the model at least {index + 1}")
-    layer: Any = cache.layers[index]
-    if not isinstance(layer, LatentLayer):
-        options = getattr(cache, "latent_options", None)
-        layer = new_layer(layer, layout if options is None else dataclasses.replace(layout, **options))
-        cache.layers[index] = layer
-    held = layer.layout
-    if held.stamp != layout.stamp:
-        raise ValueError(
-            f"{layout.name}: this cache was filled by another model (its layer {index} belongs to {held.name!r} with "
-            f"ranks {held.key_ranks} and {held.value_ranks}, other weights than here); use one cache for one model"
-        )
-    return layer

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import reprlib
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _VERSION = 1
 _KEY = "hf_lowbit_cache"
 _LONGEST_HEADER = 2**20
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_Forms = dict[str, tuple[tuple[int, ...], torch.dtype]]
 _KINDS = (LatentDynamicLayer, LatentSlidingLayer)
 
 
@@ -97,6 +99,9 @@ def save_cache(cache: Cache, model: nn.Module, path: str | Path) -> None:
             f"{len(attentions)} layers alike"
         )
     first = layers[0]
+    dtype = str(first.latent_dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise ValueError(f"the cache holds {dtype} latents; a file takes {', '.join(_DTYPES)}")
     tensors = {f"layers.{i}.{name}": part for i, layer in enumerate(layers) for name, part in _tensors(layer).items()}
     header = _Header(
         version=_VERSION,
@@ -104,12 +109,15 @@ def save_cache(cache: Cache, model: nn.Module, path: str | Path) -> None:
         checksum=_checksum(tensors),
         batch=first.keys.shape[0],
         length=min(lengths),
-        dtype=str(first.latent_dtype).removeprefix("torch."),
+        dtype=dtype,
         bits=first.layout.bits,
         recent=first.layout.recent,
         layers=len(layers),
     )
-    partial = path.with_name(f".{path.name}.partial")
+    problems = _problems(tensors, _expected(layers, header, tensors))
+    if problems:  # what would be refused later is not written
+        raise ValueError(f"this cache cannot be saved: {'; '.join(problems[:10])}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         save_file(tensors, partial, metadata={_KEY: json.dumps(dataclasses.asdict(header))})
         os.replace(partial, path)
@@ -145,12 +153,7 @@ def load_cache(model: Any, path: str | Path) -> ReCalKVCache:
     layers: list[Any] = list(cache.layers)
     if len(layers) != header.layers:
         raise CheckpointError(f"{path}: the cache has {header.layers} layers, the model {len(layers)}")
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for index, layer in enumerate(layers):
-        kept = tensors.get(f"layers.{index}.recent_keys")
-        for name, form in _forms(layer, header, kept).items():
-            expected[f"layers.{index}.{name}"] = form
-    problems = _problems(tensors, expected)
+    problems = _problems(tensors, _expected(layers, header, tensors))
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems[:10])}")
     for index, layer in enumerate(layers):
@@ -176,7 +179,16 @@ def _tensors(layer: Any) -> dict[str, Tensor]:
     return {name: part.contiguous().clone() for name, part in parts.items()}
 
 
-def _forms(layer: Any, header: _Header, kept: Tensor | None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _expected(layers: list[Any], header: _Header, tensors: dict[str, Tensor]) -> _Forms:
+    """Return ``{name: (shape, dtype)}`` that a file of these layers calls for."""
+    return {
+        f"layers.{index}.{name}": form
+        for index, layer in enumerate(layers)
+        for name, form in _forms(layer, header, tensors.get(f"layers.{index}.recent_keys")).items()
+    }
+
+
+def _forms(layer: Any, header: _Header, kept: Tensor | None) -> _Forms:
     """Return ``{name: (shape, dtype)}`` that a layer calls for; ``kept`` are its keys that are kept in full."""
     layout: Layout = layer.layout
     stored = min(header.length, layer.sliding_window - 1) if layer.is_sliding else header.length
@@ -184,7 +196,7 @@ def _forms(layer: Any, header: _Header, kept: Tensor | None) -> dict[str, tuple[
     recent = 0  # fewer than the window holds, down to none, after tokens were taken back
     if kept is not None:
         recent = min(kept.shape[2] if kept.dim() == 4 else 1, layout.recent, stored)
-    forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    forms: _Forms = {}
     for name, ranks in (("keys", layout.key_ranks), ("values", layout.value_ranks)):
         width = row_bytes(ranks, layout.bits) if layout.bits else sum(ranks)
         forms[name] = (header.batch, 1, stored, width), torch.uint8 if layout.bits else dtype
@@ -195,7 +207,7 @@ def _forms(layer: Any, header: _Header, kept: Tensor | None) -> dict[str, tuple[
     return forms
 
 
-def _problems(tensors: dict[str, Tensor], expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> list[str]:
+def _problems(tensors: dict[str, Tensor], expected: _Forms) -> list[str]:
     found = [f"{name} is missing" for name in expected if name not in tensors]
     found += [f"{reprlib.repr(name)} does not belong there" for name in tensors if name not in expected]
     for name, tensor in tensors.items():

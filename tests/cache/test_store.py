@@ -112,6 +112,18 @@ class TestSaving:
         with pytest.raises(ValueError, match="filled by another model"):
             save_cache(prefix(other), latent, tmp_path / "a")
 
+    def test_what_no_file_could_be_read_with(self, latent, tmp_path):
+        cache = prefix(latent)
+        cache.layers[1].values[0, 0, 3, 2] = torch.nan
+        with pytest.raises(ValueError, match=r"cannot be saved: layers.1.values holds NaN or infinity"):
+            save_cache(cache, latent, tmp_path / "a")
+        double = compress(dense_model("llama"), ranks=16).double()
+        with pytest.raises(
+            ValueError, match="the cache holds float64 latents; a file takes float16"
+        ):
+            save_cache(prefix(double), double, tmp_path / "a")
+        assert not list(tmp_path.iterdir())
+
     def test_a_folder_that_is_not_there(self, latent, tmp_path):
         with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
             save_cache(prefix(latent), latent, tmp_path / "nowhere" / "a")
