@@ -170,7 +170,7 @@ def errors() -> str:
     """Return mean relative errors of the outputs of keys and of values."""
     found = _figures("table")
     rows = []
-    for title in ("A", "B", "C", "energy pairs", "F", "default"):
+    for title in ("A", "B", "C", "energy pairs", "F", "G", "energy ranks", "default"):
         figures = [found.get(f"{title}, {ratio}", {}).get("errors") for ratio in RATIOS]
         if any(figures):
             cells = [f"{row['key']:.3f}, {row['value']:.3f}" if row else "–" for row in figures]

@@ -122,7 +122,11 @@ HEAD_RUNS: dict[str, dict[str, Any]] = {
     "paper": {"grouping": "cka", "ocmf": "sequential", "rank_allocation": "fisher_uniform", "weighting": "none"},
     "default, values in sequence": {"ocmf": "sequential"},
 }
-LATENTS: dict[str, dict[str, Any]] = {"F": _WHOLE, "default": {}}
+# variant -> options, and pairs of bits and whether latents are rotated
+LATENTS: dict[str, tuple[dict[str, Any], tuple[tuple[int, bool], ...]]] = {
+    "default": ({}, ((4, True), (4, False), (3, True), (8, True))),
+    "F": (_WHOLE, ((4, True), (3, True), (3, False))),
+}
 
 
 class Bench:
@@ -333,8 +337,8 @@ class Rounded:
 
 def latents(record: Record) -> None:
     """Measure latents of few bits, rotated or not, at 50 % compression; a row of them is coded as a cache does."""
-    for title, options in LATENTS.items():
-        for bits, rotation in ((4, True), (4, False), (3, True), (3, False), (8, True)):
+    for title, (options, cases) in LATENTS.items():
+        for bits, rotation in cases:
             name = f"{title}, {bits} bits" + ("" if rotation else ", not rotated")
             record.take(name, functools.partial(_with_codes, smollm2(), bits, rotation, options))
 
