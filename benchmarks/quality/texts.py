@@ -12,6 +12,7 @@ Writes ``benchmarks/results/texts.json``.
 from __future__ import annotations
 
 import argparse
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ FITS: dict[str, Any] = {
 def texts() -> dict[str, Tensor]:
     """Return (32, 512) token ids by name of the text."""
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
-    whole = manual(220)[0].flatten()
+    whole = tokenize(list(topics.values()), tokenizer)
     found = {"manual, evenly spaced": manual(32)[0], "manual, from the start": whole[: 32 * 512].view(32, 512)}
     found["manual, to the end"] = whole[-32 * 512 :].view(32, 512)
     found["manual, drawn"] = sample_sequences(whole, 32, 512, seed=1)
