@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_lowbit.cache import (
@@ -269,6 +269,19 @@ class TestCompiled:
             logits = step(last, past_key_values=cache, position_ids=torch.full((2, 1), 10)).logits
             expected = latent(torch.cat([PROMPT, last], dim=1)).logits[:, -1:]
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}], ids=["prompt-at-once", "prompt-in-chunks"])
+    @pytest.mark.parametrize("family", ["llama", "gemma3"])
+    def test_generate_compiles_by_itself(self, family, options):
+        config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+        config._compile_all_devices = True  # it does so on accelerators alone otherwise
+        dense = dense_model(family)
+        torch._dynamo.reset()
+        counters.clear()
+        found = generated(compress(dense), PROMPT, cache_implementation="static", compile_config=config, **options)
+        assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
+        assert torch.equal(found[0], generated(dense, PROMPT)[0])
 
 
 class TestOthers:

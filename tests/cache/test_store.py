@@ -118,9 +118,7 @@ class TestSaving:
         with pytest.raises(ValueError, match=r"cannot be saved: layers.1.values holds NaN or infinity"):
             save_cache(cache, latent, tmp_path / "a")
         double = compress(dense_model("llama"), ranks=16).double()
-        with pytest.raises(
-            ValueError, match="the cache holds float64 latents; a file takes float16"
-        ):
+        with pytest.raises(ValueError, match="the cache holds float64 latents; a file takes float16"):
             save_cache(prefix(double), double, tmp_path / "a")
         assert not list(tmp_path.iterdir())
 
