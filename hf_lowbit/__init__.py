@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hf_lowbit.cache import ReCalKVCache
     from hf_lowbit.config import CalibrationRecord, LowBitConfig, RunOptions
-    from hf_lowbit.errors import CalibrationError, CheckpointError, HfLowbitError, UnsupportedModelError
+    from hf_lowbit.errors import CalibrationError, CheckpointError, HfLowbitError, HubError, UnsupportedModelError
     from hf_lowbit.hf.entry import quantize, register
     from hf_lowbit.hf.packed import unverified
     from hf_lowbit.layers import PackedLinear, packed_modules
@@ -39,6 +39,7 @@ _HOMES = {
     "CalibrationRecord": "config",
     "CheckpointError": "errors",
     "HfLowbitError": "errors",
+    "HubError": "errors",
     "LowBitConfig": "config",
     "LowBitRecipe": "recipe",
     "PBS2PConfig": "methods.pbs2p",
@@ -60,6 +61,7 @@ __all__ = [
     "CalibrationRecord",
     "CheckpointError",
     "HfLowbitError",
+    "HubError",
     "LowBitConfig",
     "LowBitRecipe",
     "PBS2PConfig",

@@ -17,3 +17,7 @@ class CalibrationError(HfLowbitError, ValueError):
 
 class UnsupportedModelError(HfLowbitError, ValueError):
     """The structure of a model does not allow what was asked; the message names the modules."""
+
+
+class HubError(HfLowbitError):
+    """The Hub refused, cannot be reached or holds other bytes; the message names the repository and the way out."""

@@ -7,72 +7,17 @@ and exit code 2; the hidden ``--debug`` shows the traceback instead.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-app = typer.Typer(
-    name="hf-lowbit",
-    help="Compress Hugging Face models to a sign bit per weight, look at what came out, and measure it.\n\n"
-    "Start with: [bold]hf-lowbit methods[/bold], then hf-lowbit quantize --help",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+from hf_lowbit.cli import sharing
+from hf_lowbit.cli.base import AsJson, Debug, Packed, app, command, show, show_json, show_tables
 
-Debug = Annotated[bool, typer.Option("--debug", hidden=True, help="Show the traceback of an error.")]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: sizes in bytes, shares and errors from 0 to 1.")]
-Packed = Annotated[str, typer.Argument(metavar="PATH", help="Folder of a model, or its name on the Hub.")]
-
-
-def _command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command whose expected errors end in one line."""
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> None:
-            from hf_lowbit.errors import HfLowbitError
-
-            try:
-                function(*args, **kwargs)
-            except BrokenPipeError:  # the reader of our output has gone, as with `| head`
-                raise
-            except (ValueError, HfLowbitError, OSError) as error:
-                if kwargs.get("debug"):
-                    raise
-                line = " ".join(str(error).split())
-                Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error: {escape(line)}[/red]")
-                raise typer.Exit(2) from error
-
-        return app.command(**settings)(run)
-
-    return decorate
-
-
-def _show(text: str) -> None:
-    """Print a line as it is: no markup, no wrapping."""
-    Console(soft_wrap=True, highlight=False, markup=False).print(text)
-
-
-def _show_json(content: Any) -> None:
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
-
-
-def _show_tables(tables: list[Any]) -> None:
-    console = Console(markup=False, emoji=False)  # names in a checkpoint are anybody's
-    for table in tables:
-        console.print(table)
-        console.print()
 
 
 def _version(wanted: bool) -> None:
@@ -92,7 +37,7 @@ def _root(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
-@_command()
+@command()
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Dense model: a folder, or its name on the Hub.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to be made.")],
@@ -166,6 +111,7 @@ def quantize(
         raise ValueError(f"{out}: is the dense model itself; choose another folder")
 
     from hf_lowbit.hf.auto import auto_class, load_companion
+    from hf_lowbit.hf.record import run_record
     from hf_lowbit.report.inspect import inspect as inspect_folder
     from hf_lowbit.report.tables import inspection_json, size_text
 
@@ -175,7 +121,8 @@ def quantize(
     packed: Any = auto.from_pretrained(model, quantization_config=config, dtype=dtype)
     report = packed.hf_quantizer.report
     if team.leads:
-        save_model(packed, out, companion, report.rows, overwrite, max_shard_size)
+        record = run_record(model, report.seconds)
+        save_model(packed, out, companion, report.rows, overwrite, max_shard_size, record)
         shutil.rmtree(journal)
     leave()
     if not team.leads:
@@ -183,10 +130,10 @@ def quantize(
     inspection = inspect_folder(out)
     if as_json:
         content = {"seconds": report.seconds, "left_dense": report.dense}
-        _show_json({**content, **inspection_json(inspection, layers=False)})
+        show_json({**content, **inspection_json(inspection, layers=False)})
         return
-    _show(report.summary())
-    _show(
+    show(report.summary())
+    show(
         f"saved to {out}: {size_text(inspection.total_bytes)} on disk, "
         f"{inspection.bits_per_parameter:.3f} bits per parameter of the whole model"
     )
@@ -198,43 +145,52 @@ def _require_model(name: str) -> None:
         raise ValueError(f"{name}: no such folder, and not the name of a model on the Hub")
 
 
-@_command()
+@command()
 def inspect(
     path: Packed,
     as_json: AsJson = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw it (needs matplotlib).")] = None,
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="List every packed layer.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="REVISION", help="Of a repository on the Hub.")] = None,
     debug: Debug = False,
 ) -> None:
     """Show where the bytes of a compressed model are.
 
-    Reads config.json and file headers only, so it is instant. The parts add up to the bytes on disk. Bits per weight
-    count scales, bitmaps and padding; errors are squared and relative, as measured during calibration. Of a model
-    whose cache holds latents, the ranks are drawn by layer, with the bytes that the cache takes per token.
+    Reads config.json and file headers only, so it is instant; of a model on the Hub, these few bytes are all that is
+    fetched. The parts add up to the bytes on disk. Bits per weight count scales, bitmaps and padding; errors are
+    squared and relative, as measured during calibration. Of a pipeline, every compressed model in it is shown; of a
+    model whose cache holds latents, the ranks by layer, with the bytes that the cache takes per token.
 
     Example:
 
     hf-lowbit inspect model-1bit --layers
     """
+    from hf_lowbit.report.headers import parts
     from hf_lowbit.report.inspect import inspect as inspect_folder
     from hf_lowbit.report.latents import cache_json, cache_table
     from hf_lowbit.report.plots import save_plot
     from hf_lowbit.report.tables import inspection_json, inspection_tables
 
-    inspection = inspect_folder(path)
+    found = {part: inspect_folder(path, part, revision) for part in parts(path, revision)}
     if plot is not None:
-        save_plot(inspection, plot)
+        if len(found) > 1:
+            raise ValueError(f"{path}: is a pipeline; draw one of its models, in the folders {', '.join(found)}")
+        save_plot(next(iter(found.values())), plot)
     if as_json:
-        cache = cache_json(inspection)
-        _show_json({**inspection_json(inspection, layers), **({"cache": cache} if cache else {})})
-    else:
+        content = {}
+        for part, inspection in found.items():
+            cache = cache_json(inspection)
+            content[part] = {**inspection_json(inspection, layers), **({"cache": cache} if cache else {})}
+        show_json(content[""] if "" in content else {"models": content})
+        return
+    for inspection in found.values():
         ranks = cache_table(inspection)
-        _show_tables([*inspection_tables(inspection, layers), *([ranks] if ranks else [])])
-        if plot is not None:
-            _show(f"drawn in {plot}")
+        show_tables([*inspection_tables(inspection, layers), *([ranks] if ranks else [])])
+    if plot is not None:
+        show(f"drawn in {plot}")
 
 
-@_command()
+@command()
 def verify(path: Packed, as_json: AsJson = False, debug: Debug = False) -> None:
     """Check a compressed model: config, headers, checksums, and every index, bitmap and scale.
 
@@ -244,24 +200,27 @@ def verify(path: Packed, as_json: AsJson = False, debug: Debug = False) -> None:
 
     hf-lowbit verify model-1bit
     """
+    from hf_lowbit.report.headers import parts
     from hf_lowbit.report.verify import verify as verify_folder
 
-    found = verify_folder(path)
+    found = {part: verify_folder(path, part) for part in parts(path)}
     if as_json:
-        _show_json(dataclasses.asdict(found))
+        content = {part: dataclasses.asdict(one) for part, one in found.items()}
+        show_json(content[""] if "" in content else {"models": content})
     else:
-        for problem in found.problems:
-            _show(f"damaged: {problem}")
-        state = "damaged" if found.problems else "sound"
-        _show(
-            f"{found.name}: {state}; {found.modules} packed layers, {found.checksums} of {found.tensors} tensors "
-            "compared with their checksums"
-        )
-    if found.problems:
+        for one in found.values():
+            for problem in one.problems:
+                show(f"damaged: {problem}")
+            state = "damaged" if one.problems else "sound"
+            show(
+                f"{one.name}: {state}; {one.modules} packed layers, {one.checksums} of {one.tensors} tensors "
+                "compared with their checksums"
+            )
+    if any(one.problems for one in found.values()):
         raise typer.Exit(1)
 
 
-@_command(name="eval")
+@command(name="eval")
 def evaluate(
     path: Packed,
     against: Annotated[str | None, typer.Option(metavar="DENSE", help="Model to compare with.")] = None,
@@ -297,12 +256,12 @@ def evaluate(
         speed=speed,
     )
     if as_json:
-        _show_json(result)
+        show_json(result)
     else:
-        _show_tables([evaluation_table(result)])
+        show_tables([evaluation_table(result)])
 
 
-@_command()
+@command()
 def generate(
     path: Packed,
     prompt: Annotated[str, typer.Option(help="Text to answer or to continue.")],
@@ -352,7 +311,7 @@ def generate(
     model.generate(**inputs.to(model.device), generation_config=settings, streamer=streamer)
 
 
-@_command()
+@command()
 def adapter(
     path: Packed,
     dense: Annotated[str, typer.Argument(metavar="DENSE", help="The dense model it was made from: folder or name.")],
@@ -382,10 +341,10 @@ def adapter(
     model: Any = auto_class(path).from_pretrained(path)
     left = save_remainder(model, dense_weights(dense, model.base_model_prefix), out, rank, tokens)
     kind, share = "weights" if tokens is None else "outputs", error_text(mean(left.values()))
-    _show(f"saved to {out}: of what {len(left)} layers had lost of their {kind}, {share} is left")
+    show(f"saved to {out}: of what {len(left)} layers had lost of their {kind}, {share} is left")
 
 
-@_command()
+@command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Method whose options to list.")] = None,
     as_json: AsJson = False,
@@ -403,18 +362,18 @@ def methods(
     if name is None:
         found = registry.methods()
         if as_json:
-            _show_json(tables.methods_json(found))
+            show_json(tables.methods_json(found))
         else:
-            _show_tables([tables.methods_table(found)])
+            show_tables([tables.methods_table(found)])
         return
     method = registry.get(name)
     if as_json:
-        _show_json(tables.options_json(method))
+        show_json(tables.options_json(method))
     else:
-        _show_tables([tables.options_table(method)])
+        show_tables([tables.options_table(method)])
 
 
-@_command()
+@command()
 def bench(
     path: Annotated[
         str | None, typer.Argument(metavar="[PATH]", help="Compressed model; a typical layer without.")
@@ -433,10 +392,10 @@ def bench(
     """
     from hf_lowbit.report.bench import kernel_table, speed_table
 
-    _show_tables([kernel_table(path, device) if only_list else speed_table(path)])
+    show_tables([kernel_table(path, device) if only_list else speed_table(path)])
 
 
-@_command(name="env")
+@command(name="env")
 def environment(as_json: AsJson = False, debug: Debug = False) -> None:
     """Show versions, processor, devices, and which kernel each op takes here and why: for a bug report.
 
@@ -451,10 +410,13 @@ def environment(as_json: AsJson = False, debug: Debug = False) -> None:
 
     found = look()
     if as_json:
-        _show_json(found)
+        show_json(found)
     else:
-        _show_tables(environment_tables(found))
-        _show("paste this into a bug report")
+        show_tables(environment_tables(found))
+        show("paste this into a bug report")
+
+
+sharing.add()
 
 
 def main() -> None:

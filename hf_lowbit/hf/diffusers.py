@@ -46,6 +46,7 @@ from hf_lowbit.hf.packed import (
     safetensors_of,
     verify_files,
 )
+from hf_lowbit.hf.push_model import offer_push, withdraw_push
 from hf_lowbit.layers import packed_modules
 
 NAME = HfLowbitMethod.HF_LOWBIT.value
@@ -229,6 +230,7 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
         # layerwise casting would store the scales in eight bits: packed layers are linear layers to it
         names = tuple(f"^{re.escape(name)}$" for name in packed_modules(model))
         model._skip_layerwise_casting_patterns = (*(type(model)._skip_layerwise_casting_patterns or ()), *names)
+        offer_push(model)
 
     def _refuse_packed_file(self, state_dict: Mapping[str, Tensor]) -> None:
         """Refuse a single packed file: its module table and checksums lie in a folder, which is not named then."""
@@ -285,6 +287,7 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: Any) -> Any:
         _refuse_groups_on_disk(model)
         dequantize_layers(model)
+        withdraw_push(model)
         del model._skip_layerwise_casting_patterns, model.quantization_method
         config = {name: value for name, value in model.config.items() if name != "quantization_config"}
         model._internal_dict = FrozenDict(config)  # diffusers would leave the entry, and save it

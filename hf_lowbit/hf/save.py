@@ -7,7 +7,8 @@ leaves it there, and the next :func:`check_target` or :func:`save_model` of the 
 remove what killed saves have left behind: a save that is still running holds a lock on its folder.
 
 Beside what transformers writes there are ``compression_report.jsonl``, one line per layer with its errors, sizes and
-times, as the compression run recorded them, and ``SHA256SUMS`` for this and the tokenizer's files. The checksums of
+times, as the compression run recorded them, ``compression_run.json`` about the run as a whole, and ``SHA256SUMS`` for
+these and the tokenizer's files. The checksums of
 tensors and configs are in the weight files, see :func:`file_metadata`.
 """
 
@@ -29,6 +30,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_lowbit.compress import checksums
+from hf_lowbit.hf.record import RUN_FILE
 
 try:
     import fcntl
@@ -97,6 +99,7 @@ def save_model(
     rows: Iterable[Mapping[str, Any]] | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
+    record: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save a model, and what belongs to it, as one folder that appears at once.
 
@@ -107,6 +110,7 @@ def save_model(
         rows: of the compression run (``RunReport.rows``), written to :data:`REPORT_FILE`, unless None.
         overwrite: replace a saved model; the old one is removed when the new one is in place.
         max_shard_size: largest weight file, bytes or such as "5GB".
+        record: of the run (:func:`hf_lowbit.hf.record.run_record`), written to ``compression_run.json``, unless None.
 
     Returns:
         The folder.
@@ -124,13 +128,15 @@ def save_model(
         if rows is not None:
             lines = "".join(json.dumps(dict(row)) + "\n" for row in rows)
             (partial / REPORT_FILE).write_text(lines, encoding="utf-8")
+        if record is not None:
+            (partial / RUN_FILE).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
         for file in partial.glob("*.safetensors"):
             _order_header(file)
             # written readable for the owner only, unlike all the others
             shutil.copymode(partial / "config.json", file)
         own = (file for file in partial.rglob("*") if file.is_file() and not any(map(file.match, _OF_TRANSFORMERS)))
         checksums.write_sums(partial, [file.relative_to(partial).as_posix() for file in own])
-        _put_in_place(partial, target)
+        put_in_place(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -152,7 +158,7 @@ def _order_header(file: Path) -> None:
             handle.write(text.ljust(length))
 
 
-def _put_in_place(new: Path, target: Path) -> None:
+def put_in_place(new: Path, target: Path) -> None:
     """Rename ``new`` to ``target``; an old folder there is replaced at once, or moved aside until that is done."""
     if not target.exists():
         new.rename(target)

@@ -34,6 +34,7 @@ from hf_lowbit.hf.packed import (
     safetensors_of,
     verify_files,
 )
+from hf_lowbit.hf.push_model import offer_push, withdraw_push
 from hf_lowbit.hf.save import file_metadata
 from hf_lowbit.layers import packed_modules
 
@@ -135,6 +136,7 @@ class LowBitHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             _refuse_unloaded(model)
             check_values(model, self._files)
+            offer_push(model)
             return model
         if self._intake is None:
             raise RuntimeError("the model was not prepared for compression")
@@ -144,6 +146,7 @@ class LowBitHfQuantizer(HfQuantizer):
         self.report = intake.run.report
         self.pre_quantized = True
         attach_cache(model, self.quantization_config)
+        offer_push(model)
         return model
 
     # Later life --------------------------------------------------------------------------------------------------
@@ -177,6 +180,7 @@ class LowBitHfQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as config.json has it
         dequantize_layers(model, dtype)
         detach_cache(model)
+        withdraw_push(model)
         return model
 
 
@@ -269,4 +273,5 @@ def quantize(model: Any, config: LowBitConfig) -> RunReport:
     model.config.quantization_config = finished
     model.config._is_quantized = model.is_quantized = True
     model.quantization_method = finished.quant_method
+    offer_push(model)
     return report

@@ -149,17 +149,20 @@ class Inspection:
         return self.packed_weights / self.parameters
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, part: str = "", revision: str | None = None) -> Inspection:
     """Read what a compressed model is made of.
 
     Args:
-        path: a folder, or the name of a repository on the Hub.
+        path: a folder, or the name of a repository on the Hub, of which only headers are fetched.
+        part: folder of the model in a pipeline, see :func:`hf_lowbit.report.headers.parts`.
+        revision: of a repository; None for its main branch.
 
     Raises:
         CheckpointError: not compressed by this package, damaged or incomplete; names the file and the tensor.
+        HubError: the repository cannot be read.
         ValueError: neither a folder nor a repository name.
     """
-    return inspect_checkpoint(read_checkpoint(path))
+    return inspect_checkpoint(read_checkpoint(path, part, revision))
 
 
 def bits_per_parameter(checkpoint: Checkpoint) -> float:

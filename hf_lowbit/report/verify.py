@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from hf_lowbit.compress.checksums import SUMS_FILE, changed_configs, changed_files, damaged_tensors
 from hf_lowbit.compress.headers import packed_layer_spec
 from hf_lowbit.compress.source import CheckpointSource
+from hf_lowbit.hf.hub_errors import plain_errors
 from hf_lowbit.report.headers import read_checkpoint
 from hf_lowbit.report.inspect import inspect_checkpoint
 
@@ -39,23 +40,24 @@ class Verification:
     problems: tuple[str, ...]
 
 
-def verify(path: str | Path) -> Verification:
+def verify(path: str | Path, part: str = "") -> Verification:
     """Check a compressed model.
 
     Args:
         path: a folder, or the name of a repository on the Hub, whose weights are fetched.
+        part: folder of the model in a pipeline, see :func:`hf_lowbit.report.headers.parts`.
 
     Raises:
         CheckpointError: not compressed by this package, or so damaged that headers or config cannot be read.
+        HubError: the repository cannot be read.
         ValueError: neither a folder nor a repository name.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, part)
     found = inspect_checkpoint(checkpoint)
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", SUMS_FILE]))
-        if absent := changed_files(folder)[1]:
-            snapshot_download(str(path), allow_patterns=absent)
+        folder = _fetched(str(path), part)
+    folder /= part
     files = [folder / name for name in sorted(checkpoint.weight_files)]
     problems = [*changed_configs(files).values()]
     changed, absent = changed_files(folder)
@@ -74,3 +76,14 @@ def verify(path: str | Path) -> Verification:
         except ValueError as error:
             problems.append(str(error))
     return Verification(found.name, len(found.modules), len(checkpoint.tensors), compared, tuple(problems))
+
+
+def _fetched(repo: str, part: str) -> Path:
+    """Fetch what is checked of a repository; return the folder that it lies in."""
+    prefix = f"{part}/" if part else ""
+    wanted = [f"{prefix}{pattern}" for pattern in ("*.json", "*.safetensors", SUMS_FILE)]
+    with plain_errors(repo):
+        folder = Path(snapshot_download(repo, allow_patterns=wanted))
+        if absent := changed_files(folder / part)[1]:
+            snapshot_download(repo, allow_patterns=[f"{prefix}{name}" for name in absent])
+    return folder

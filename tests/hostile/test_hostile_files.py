@@ -227,15 +227,14 @@ def test_a_tensor_in_two_shards(shards: Path) -> None:
 
 def test_a_repository_whose_index_leads_elsewhere(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     """Names of files come from an index on the Hub, too; verify would open them in the folder of the snapshot."""
-    header = SimpleNamespace(tensors={"weight": SimpleNamespace(dtype="F32", shape=[1])}, metadata={})
-    metadata = SimpleNamespace(files_metadata={"../../secret.safetensors": header})
-    siblings = [SimpleNamespace(rfilename="../../secret.safetensors", size=3)]
-    api = SimpleNamespace(
-        model_info=lambda *_, **__: SimpleNamespace(siblings=siblings), get_safetensors_metadata=lambda *_: metadata
-    )
+    index = model.parent / "index.json"
+    index.write_text(json.dumps({"weight_map": {"weight": "../../secret.safetensors"}}))
+    files = {"config.json": model / "config.json", INDEX: index}
+    siblings = [SimpleNamespace(rfilename=name, size=3) for name in [*files, "../../secret.safetensors"]]
+    api = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=siblings, sha="0" * 40))
     monkeypatch.setattr(headers, "HfApi", lambda: api)
-    monkeypatch.setattr(headers, "hf_hub_download", lambda *_: str(model / "config.json"))
-    with pytest.raises(CheckpointError, match=r"the index names '\.\./\.\./secret\.safetensors', no weight file of"):
+    monkeypatch.setattr(headers, "hf_hub_download", lambda _, name, **__: str(files[name]))
+    with pytest.raises(CheckpointError, match=r"plain file names .* '\.\./\.\./secret\.safetensors'"):
         inspect("some/repository")
 
 
