@@ -107,10 +107,11 @@ def heads() -> str:
     found = _figures("heads")
     if "dense" not in found:
         return NOT_YET
-    rows = [["dense", *[_both(found["dense"])] * 3]]
+    ratios = sorted({key.rpartition(", ")[2] for key in found if ", " in key}, reverse=True)
+    rows = [["dense", *[_both(found["dense"])] * len(ratios)]]
     for title in dict.fromkeys(key.rpartition(", ")[0] for key in found if ", " in key):
-        rows.append([title, *(_both(found.get(f"{title}, {ratio}")) for ratio in RATIOS)])
-    return table(["perplexity of the 8-head model, cache kept", *RATIOS], rows)
+        rows.append([title, *(_both(found.get(f"{title}, {ratio}")) for ratio in ratios)])
+    return table(["perplexity of the 8-head model, cache kept", *ratios], rows)
 
 
 def latents() -> str:
