@@ -125,7 +125,13 @@ def _structures(model: nn.Module, modules: dict[str, Any]) -> dict[str, Structur
         if isinstance(structure, Structure):
             # Most layers of a model differ in their index alone, so one of each kind is tried out.
             plain = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN)} | {"layer_idx": 0}
-            kind = (type(module), structure.prefix, structure.norm_shift, repr(sorted(plain.items())))
+            kind = (
+                type(module),
+                id(module.config),
+                structure.prefix,
+                structure.norm_shift,
+                repr(sorted(plain.items())),
+            )
             if kind not in probed:
                 probed[kind] = _tried_out(module, structure)
             tried = probed[kind]

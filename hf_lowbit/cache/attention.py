@@ -31,8 +31,8 @@ from hf_lowbit.cache.layers import LatentLayer, Layout, check_codes
 from hf_lowbit.cache.projection import LatentProjection, become, is_latent
 from hf_lowbit.kernels import latent_attention
 
-# With another implementation than these a single token, too, goes through the function that was asked for.
-_DECODED = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+# With another implementation than these and "sdpa" a single token, too, goes through the function that was asked for.
+_FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class LatentAttention:
             layer = claim(past_key_values, own.layer_idx, self.latent_layout())
             keys, values = past_key_values.update(keys, values, own.layer_idx, position_ids=kwargs.get("position_ids"))
         weights = None
-        if layer is not None and self._can_decode(query, attention_mask):
+        if layer is not None and self._can_decode(query, layer, attention_mask):
             out = decode(self, query, layer, keys, values, attention_mask).unsqueeze(1)
         else:
             out, weights = self._attend(query, keys, values, layer, position_embeddings, attention_mask, kwargs)
@@ -162,21 +162,33 @@ class LatentAttention:
             if layer is not None and key.shape[2] != query.shape[2]:
                 turn = latent_attention.rotation(layer.visible_positions, *structure.frequencies(key.device))
             key = latent_attention.rotate(key, *(part.to(key.dtype) for part in turn))
-        window = own.sliding_window if hasattr(own, "sliding_window") else getattr(own.config, "sliding_window", None)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, structure.eager)
         dropout = getattr(own, "attention_dropout", getattr(own, "dropout", 0.0))
         arguments = {**kwargs, "dropout": dropout if own.training else 0.0, "scaling": own.scaling}
-        if window is not None:
-            arguments["sliding_window"] = window
+        if self._window() is not None:
+            arguments["sliding_window"] = self._window()
         out, weights = attend(own, query, key, value, attention_mask, **arguments)
         return out, weights
 
-    def _can_decode(self, query: Tensor, mask: Any) -> bool:
+    def _window(self) -> int | None:
         own: Any = self
+        window: int | None = getattr(own if hasattr(own, "sliding_window") else own.config, "sliding_window", None)
+        return window
+
+    def _can_decode(self, query: Tensor, layer: Any, mask: Any) -> bool:
+        """Return whether this is one token, seen by :func:`decode` as the implementation asked for would see it."""
+        own: Any = self
+        if mask is None:  # everything that is stored is seen, which is not so in static memory that is not full
+            shown = not layer.is_compileable
+        else:
+            shown = isinstance(mask, Tensor) and mask.dim() == 4
+        if own.config._attn_implementation in _FLASH:  # looks after windows itself, and has masks of its own
+            shown = shown and mask is None and (self._window() is None or layer.is_sliding)
+        elif own.config._attn_implementation != "sdpa":
+            shown = False
         return (
-            query.shape[2] == 1
-            and own.config._attn_implementation in _DECODED
-            and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4))
+            shown
+            and query.shape[2] == 1
             and not own.training
             and not (torch.is_grad_enabled() and query.requires_grad)
             and not own.k_proj.weight_up.is_meta  # offloaded by accelerate: there only within the module's own call

@@ -78,6 +78,20 @@ class ReCalKVCache(Cache):
             claim(cache, index, layout)
         return cache
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the latest tokens from all layers, or, if one of them cannot, from none.
+
+        Args:
+            tokens_to_remove: 0 or negative, as for transformers' caches.
+
+        Raises:
+            ValueError: positive, or more tokens than a layer still has; or the cache is static.
+        """
+        for layer in self.layers:
+            if isinstance(layer, LatentLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that the cache holds."""

@@ -145,8 +145,8 @@ class LatentLayer:
                 f"{layout.name}: the cache holds a batch of {held} and was given one of {keys.shape[0]}; "
                 "see batch_repeat_interleave and batch_select_indices of the cache"
             )
-        if layout.rotary and (positions is None or positions.dim() != 2 or positions.shape[1] != keys.shape[2]):
-            shape = None if positions is None else tuple(positions.shape)
+        shape = None if positions is None else tuple(positions.shape)
+        if layout.rotary and shape not in ((1, keys.shape[2]), (keys.shape[0], keys.shape[2])):
             raise ValueError(
                 f"{layout.name}: position_ids must be (1 or {keys.shape[0]}, {keys.shape[2]}) for latents that are "
                 f"rotated when they are read, got {shape}"
@@ -202,6 +202,10 @@ class LatentLayer:
         """Positions of all that is stored: (batch, tokens) int32."""
         positions: Tensor = self._places.keys[:, 0, :, 0]
         return positions
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise what ``crop`` would, and change nothing."""
+        raise NotImplementedError
 
     # Kept in step ---------------------------------------------------------------------------------------------------
 
@@ -263,13 +267,7 @@ class _Growing(LatentLayer):
         Raises:
             ValueError: positive, or more tokens than there are to remove.
         """
-        own: Any = self
-        length = int(own.get_seq_length())
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
-        if -tokens_to_remove > length:
-            raise ValueError(f"cannot crop {-tokens_to_remove} tokens from a cache of {length}")
-        self._check_kept(-tokens_to_remove)
+        self.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)  # type: ignore[misc]
         if self._places is not None:
             self._places.record_past = getattr(self, "record_past", False)
@@ -277,8 +275,14 @@ class _Growing(LatentLayer):
         if tokens_to_remove:
             self._select_recent(lambda states: states[:, :, :tokens_to_remove])
 
-    def _check_kept(self, removed: int) -> None:
-        pass
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise what :meth:`crop` would, and change nothing."""
+        own: Any = self
+        length = int(own.get_seq_length())
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
+        if -tokens_to_remove > length:
+            raise ValueError(f"cannot crop {-tokens_to_remove} tokens from a cache of {length}")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
@@ -317,8 +321,10 @@ class LatentSlidingLayer(_Growing, DynamicSlidingWindowLayer):
     def _most_recent(self) -> int:
         return min(self.layout.recent, self.sliding_window - 1)
 
-    def _check_kept(self, removed: int) -> None:
-        stored = 0 if self.batch is None else self.keys.shape[2]
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise what :meth:`crop` would, and change nothing."""
+        super().check_crop(tokens_to_remove)
+        removed, stored = -tokens_to_remove, 0 if self.batch is None else self.keys.shape[2]
         remaining = self.cumulative_length - removed
         if removed and min(self.sliding_window - 1, remaining) > stored - removed:
             raise ValueError(
@@ -336,6 +342,10 @@ class FixedLayer(LatentLayer):
         Raises:
             ValueError: always, unless there is nothing to remove.
         """
+        self.check_crop(tokens_to_remove)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise what :meth:`crop` would."""
         if tokens_to_remove:
             raise ValueError("a static cache cannot be cropped; use a dynamic one for decoding that takes tokens back")
 

@@ -19,6 +19,7 @@ from hf_lowbit.cache import (
     cache_bytes,
     detach_latent_attention,
 )
+from hf_lowbit.cache.adoption import claim
 from hf_lowbit.cache.attention import LatentAttention
 from hf_lowbit.kernels import latent_attention
 from tests.cache.features import FEATURES, generated
@@ -164,6 +165,32 @@ class TestDecoding:
         latent.set_attn_implementation("eager")
         generated(latent, PROMPT, max_new_tokens=3)
         assert calls == []
+
+    @torch.no_grad()
+    def test_when_a_token_is_left_to_the_function_that_was_asked_for(self):
+        latent = compress(dense_model("mistral"))
+        attention = latent.model.layers[0].self_attn
+        one, two = torch.zeros(2, 4, 1, 16), torch.zeros(2, 4, 2, 16)
+        mask, flat = torch.ones(2, 1, 1, 9, dtype=torch.bool), torch.ones(2, 9)
+        growing, static = (ReCalKVCache.from_model(latent, max_cache_len=size).layers[0] for size in (None, 30))
+        everything = claim(DynamicCache(), 0, attention.latent_layout())  # keeps more than the window
+        asked = {
+            "sdpa": [(one, growing, None), (one, growing, mask), (one, static, mask), (one, everything, mask)],
+            "flash_attention_2": [(one, growing, None)],
+        }
+        refused = {
+            "sdpa": [(two, growing, None), (one, static, None), (one, growing, flat)],
+            "flash_attention_2": [(one, static, None), (one, growing, mask), (one, everything, None)],
+            "eager": [(one, growing, None)],
+            "flex_attention": [(one, growing, None)],
+        }
+        for expected, cases in ((True, asked), (False, refused)):
+            for implementation, given in cases.items():
+                attention.config._attn_implementation = implementation
+                assert all(attention._can_decode(*arguments) is expected for arguments in given), implementation
+        attention.config._attn_implementation = "sdpa"
+        attention.train()
+        assert not attention._can_decode(one, growing, None)
 
     @pytest.mark.parametrize("bits", [8, 4, 3])
     @pytest.mark.parametrize("window", [0, 5])

@@ -340,6 +340,21 @@ class TestRefusals:
                 torch.zeros(2, 1, 4, 12), torch.zeros(2, 1, 4, 6), position_ids=torch.zeros(3, 2, 4, dtype=int)
             )
 
+    def test_positions_of_another_batch(self):
+        layer = new_layer(DynamicLayer(), LAYOUT)
+        with pytest.raises(ValueError, match=r"position_ids must be \(1 or 4, 2\) .* got \(3, 2\)"):
+            layer.update(torch.zeros(4, 1, 2, 12), torch.zeros(4, 1, 2, 6), position_ids=torch.zeros(3, 2, dtype=int))
+
+    @torch.no_grad()
+    def test_a_crop_that_one_layer_cannot_do_is_done_by_none(self):
+        latent = compress(dense_model("gemma3", layer_types=["full_attention", "sliding_attention"]))
+        cache = ReCalKVCache.from_model(latent)
+        latent(tokens(2, 12), past_key_values=cache)
+        with pytest.raises(ValueError, match="a window of 8 keeps the last 7 only"):
+            cache.crop(-2)
+        assert [layer.get_seq_length() for layer in cache.layers] == [12, 12]
+        assert cache.layers[0].keys.shape[2] == 12
+
     def test_latents_of_another_width(self):
         layer = new_layer(DynamicLayer(), LAYOUT)
         with pytest.raises(ValueError, match="do not fit a cache of widths 12 and 6"):
