@@ -124,8 +124,8 @@ HEAD_RUNS: dict[str, dict[str, Any]] = {
 }
 # variant -> options, and pairs of bits and whether latents are rotated
 LATENTS: dict[str, tuple[dict[str, Any], tuple[tuple[int, bool], ...]]] = {
-    "default": ({}, ((4, True), (4, False), (3, True), (8, True))),
-    "F": (_WHOLE, ((4, True), (3, True), (3, False))),
+    "default": ({}, ((4, True), (4, False), (3, True))),
+    "F": (_WHOLE, ((4, True),)),
 }
 
 

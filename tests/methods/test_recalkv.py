@@ -10,7 +10,8 @@ import torch
 from hf_lowbit import ReCalKVConfig, registry
 from hf_lowbit.calibration.stats import LinearStats, PairedStats
 from hf_lowbit.compress.measures import GradientStats
-from hf_lowbit.methods.recalkv.algorithm import Inputs, factorize, group_heads
+from hf_lowbit.kernels.latent_codec import decode_rows, encode_rows
+from hf_lowbit.methods.recalkv.algorithm import Inputs, factorize, group_heads, spread
 from hf_lowbit.numerics import grouping, low_rank, ranks
 from hf_lowbit.numerics.rotation import spreading
 from hf_lowbit.registry import Projection
@@ -405,13 +406,49 @@ def test_rotation_spreads_latents_and_leaves_the_product(layer):
     turned = factorize(weight, projection(), inputs, config(latent_bits=4, key_group_size=6))
     assert torch.allclose(plain.unpack(), turned.unpack(), atol=1e-5)
 
-    def spread(form):
+    def uneven(form):
         deviation = (layer[1].float() @ form.down.T).std(0)
         return float(deviation.max() / deviation.min())
 
-    assert spread(turned) < spread(plain) / 3
+    assert uneven(turned) < uneven(plain) / 3
     unrotated = factorize(weight, projection(), inputs, config(key_group_size=6))
     assert torch.equal(unrotated.down, plain.down)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_spread_latents_suffer_least_from_few_bits(layer, bits):
+    """Coded as a cache does it: below factors that are mixed only, and these below those that are neither."""
+    weight, x, _ = layer
+    mixing = spreading(12)
+    up, down = low_rank.truncate(weight, x.T @ x, 12)
+    forms = [spread(up, down, x.T @ x), (up @ mixing.T, mixing @ down), (up, down)]
+    found = []
+    for left, right in forms:
+        z = x @ right.T
+        rounded = decode_rows(encode_rows(z.float(), [12], bits), [12], bits, torch.float32).double()
+        found.append(float(((rounded - z) @ left.T).square().sum()))
+    assert found == sorted(found)
+    assert found[0] < 0.95 * found[1]
+
+
+def test_scales_of_spread_latents_are_the_best_there_are(layer):
+    """No other scales give less of ``Σ a² λ · Σ 1 / a²``, the noise that equal steps leave; it is ``(Σ √λ)²``."""
+    weight, x, _ = layer
+    up, down = low_rank.truncate(weight, x.T @ x, 12)
+    turned = spread(up, down, x.T @ x)
+    energies = low_rank.output_energies(weight, x.T @ x)[:12]
+
+    def noise(left, right):
+        return float((x @ right.T).square().sum() * left.square().sum())
+
+    assert noise(*turned) == pytest.approx(float(energies.sqrt().sum() ** 2), rel=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        other = 1 + 0.1 * torch.randn(12, generator=generator).double()
+        best = energies.pow(-0.25) * other
+        assert noise(up / best, best[:, None] * down) >= noise(*turned)
+    none = spread(up, torch.zeros_like(down), x.T @ x)
+    assert torch.isfinite(none[0]).all()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 12, 96])

@@ -37,6 +37,8 @@ from hf_lowbit.numerics.rotation import spreading
 from hf_lowbit.registry import Projection
 
 logger = logging.getLogger(__name__)
+# Of the largest energy of a direction: below this it is none, and scaling it up would only bring in rounding errors.
+_LEAST_ENERGY = 1e-8
 _ALIKE = 0.02  # below this spread, similarities say nothing: a few directions of the inputs dominate all heads
 
 
@@ -96,8 +98,7 @@ def factorize(
         block = weight[rows_of(group, projection)]
         up, down = _factors(block, moment, cross, block_of(metric, group, projection), rank, options)
         if options.latent_bits < 16 and options.rotation:
-            mix = spreading(rank).to(weight.device)
-            up, down = up @ mix.T, mix @ down
+            up, down = spread(up, down, moment)
         ups.append(up.unflatten(0, (len(group), -1)))
         downs.append(down)
     if trace is not None:
@@ -123,6 +124,27 @@ def _factors(
     else:
         up, down = low_rank.truncate(weighted, moment, rank)
     return up if inverse is None else inverse @ up, down
+
+
+def spread(up: Tensor, down: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return factors of the same product whose latents suffer least from being rounded on one scale per token.
+
+    Rounding adds noise of the same size to every number of a latent, in proportion to the size of the whole. Scaled by
+    ``a_i``, direction i of energy ``λ_i`` takes the noise ``Σ_j a_j² λ_j / a_i²``; the sum over i is least at
+    ``a_i = λ_i^(-1/4)``, where it is ``(Σ √λ)²`` instead of ``r Σ λ``. Then all directions are mixed, so that none of
+    the numbers stands out.
+
+    Source: ReCalKV (arXiv 2505.24357) and Palu (arXiv 2407.21118) for the rotation; the scaling is ours.
+
+    Args:
+        up: (n, r), with columns that matter alike.
+        down: (r, m).
+        moment: (m, m), of the inputs, or None for the identity.
+    """
+    energy = (down * (down if moment is None else down @ moment)).sum(1)
+    scale = energy.clamp(min=_LEAST_ENERGY * float(energy.max())).pow(-0.25) if bool(energy.any()) else energy + 1.0
+    mix = spreading(len(down)).to(down.device)
+    return (up / scale) @ mix.T, mix @ (scale[:, None] * down)
 
 
 def rows_of(group: Sequence[int], projection: Projection) -> Tensor:

@@ -84,7 +84,9 @@ class ReCalKVConfig(CalibratedConfig):
         1e-6, "share of the mean diagonal added to the second moment, for ocmf=cross", low=0.0, high=1.0
     )
     latent_bits: int = option(16, "bits of a cached number; 16: as the model computes", choices=(16, 8, 4, 3))
-    rotation: bool = option(True, "spread latents of fewer than 16 bits over their coordinates, at no cost later")
+    rotation: bool = option(
+        True, "scale and mix latents of fewer than 16 bits so that rounding loses least, at no cost later"
+    )
     recent_window: int = option(
         0, "newest tokens whose latents are kept as computed when latent_bits is below 16", low=0, high=2**16
     )
