@@ -7,8 +7,8 @@ Standard library only; it listens on 127.0.0.1 and holds everything in memory. C
         hub.fail("PUT /lfs/", drop=True)        # the first upload of a large file breaks off half way
         ...                                     # HF_ENDPOINT=hub.url, HF_TOKEN=hub.token
 
-A file of weights, or one above a megabyte, is a large one (LFS). Its content is served from ``localhost``, which is another
-host to a client than 127.0.0.1, as the storage behind the real Hub is: a token must not be sent there.
+A file of weights, or one above a megabyte, is a large one (LFS). Its content is served from ``localhost``, which is
+another host to a client than 127.0.0.1, as the storage behind the real Hub is: a token must not be sent there.
 """
 
 from __future__ import annotations
@@ -340,7 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
         objects = []
         for asked in json.loads(body)["objects"]:
             row = {"oid": asked["oid"], "size": asked["size"]}
-            if asked["oid"] not in self.hub.stored:
+            if hashlib.sha256(self.hub.stored.get(asked["oid"], b"")).hexdigest() != asked["oid"]:
                 href = f"http://localhost:{self.hub.port}/lfs/{asked['oid']}?signature=secret"
                 upload: dict[str, Any] = {"href": href}
                 if self.hub.part_size is not None:

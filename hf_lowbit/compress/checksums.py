@@ -30,6 +30,7 @@ METADATA_KEY = "hf_lowbit_sha256"
 CONFIG_KEY = "hf_lowbit_config_sha256"
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 SUMS_FILE = "SHA256SUMS"
+ORIGIN = "_name_or_path"
 # 128 bits: damage is found with certainty for all purposes, at half the length of a full digest
 _DIGITS = 32
 _UNVERIFIED = "RunOptions(verify=False)"
@@ -48,10 +49,15 @@ def checksum(tensor: Tensor) -> str:
 def json_checksum(text: str) -> str:
     """Return 64 hexadecimal digits of the SHA-256 of what a JSON text says; order of keys and white space are no part.
 
+    Nor is where the model was loaded from, which diffusers writes into configs: a push leaves that out.
+
     Raises:
         ValueError: not JSON.
     """
-    canonical = json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+    content = json.loads(text)
+    if isinstance(content, dict):
+        content.pop(ORIGIN, None)
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -212,14 +212,15 @@ class _Push:
         """Return the SHA-256 of a file and its name in git; the Hub tells one of them."""
         if name not in self._hashes:
             file = next((file for file in self.checked.files if file.name == name), None)
-            if file is None:
-                self._hashes[name] = hashlib.sha256(self.page).hexdigest(), _git_name([self.page], len(self.page))
-            else:
+            content = self.page if file is None else file.content
+            if content is not None:
+                self._hashes[name] = hashlib.sha256(content).hexdigest(), _git_name([content], len(content))
+            elif file is not None:
                 self._hashes[name] = file_hash(file.path), _git_name_of(file)
         return self._hashes[name]
 
     def _operations(self, stale: Iterable[str]) -> list[Any]:
-        added = [CommitOperationAdd(file.name, str(file.path)) for file in self.checked.files]
+        added = [CommitOperationAdd(file.name, file.content or str(file.path)) for file in self.checked.files]
         return [*added, CommitOperationAdd(CARD, self.page), *(CommitOperationDelete(name) for name in stale)]
 
     # There -----------------------------------------------------------------------------------------------------------

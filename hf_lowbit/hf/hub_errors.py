@@ -55,12 +55,12 @@ def plain_errors(repo: str, again: str = _SAFE_AGAIN) -> Iterator[None]:
     """
     try:
         yield
-    except (HfLowbitError, ValueError, PermissionError, NotADirectoryError) as error:
-        if not isinstance(error, (HFValidationError, HfHubHTTPError)):  # the latter may be ValueErrors, too
-            raise
-        raise HubError(meaning(error, repo, again) or scrubbed(str(error))) from None
+    except HfLowbitError:
+        raise
     except Exception as error:  # network, hub and header errors have no common base
         text = meaning(error, repo, again)
+        if text is None and isinstance(error, ValueError):  # what the client thinks of an argument or of an answer
+            text = f"{repo}: {scrubbed(str(error))}"
         if text is None:
             raise
         raise HubError(text) from None

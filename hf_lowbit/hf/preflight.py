@@ -14,9 +14,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from hf_lowbit.compress.checksums import ORIGIN
 from hf_lowbit.config import parse_json
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.hf.hub_errors import TOKEN
+from hf_lowbit.hf.record import public_name
 from hf_lowbit.report.headers import parts
 from hf_lowbit.report.inspect import Inspection, inspect
 from hf_lowbit.report.tables import size_text
@@ -37,11 +39,19 @@ _MOST_PROBLEMS = 5
 
 @dataclasses.dataclass(frozen=True)
 class LocalFile:
-    """A file that is pushed: its name in the repository, where it lies, its bytes."""
+    """A file that is pushed.
+
+    Attributes:
+        name: in the repository.
+        path: where it lies.
+        size: bytes that are pushed.
+        content: pushed instead of what lies there: a config without the place that a model was loaded from.
+    """
 
     name: str
     path: Path
     size: int
+    content: bytes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,13 +132,27 @@ def _listed(folder: Path) -> tuple[list[LocalFile], list[str], list[str]]:
             size = path.stat().st_size
             if size > LARGEST_FILE:
                 problems.append(f"{name} has {size_text(size)}; save smaller shards (--max-shard-size 5GB)")
-            files.append(LocalFile(name, path, size))
+            content = _without_origin(path) if path.suffix == ".json" else None
+            files.append(LocalFile(name, path, size if content is None else len(content), content))
     return files, left_out, problems
+
+
+def _without_origin(path: Path) -> bytes | None:
+    """Return a config without the folder that its model was loaded from, None where it names none."""
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError:  # named later
+        return None
+    origin = content.get(ORIGIN) if isinstance(content, dict) else None
+    if origin is None or public_name(origin) == origin:
+        return None
+    rest = {key: value for key, value in content.items() if key != ORIGIN}
+    return (json.dumps(rest, indent=2) + "\n").encode()
 
 
 def _problems_in(file: LocalFile, token: str | None, folder: Path) -> Iterator[str]:
     """Yield what a file holds that must not be public, and whether it is no JSON where it should be."""
-    text = _text_of(file.path)
+    text = _text_of(file.path) if file.content is None else file.content.decode()
     if text is None:
         return
     if file.path.suffix == ".json":

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, get_session, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import SafetensorsParsingError
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from hf_lowbit.compress.headers import TensorHeader, by_module_name, read_headers
 from hf_lowbit.config import HfLowbitMethod, parse_json
@@ -26,7 +27,6 @@ from hf_lowbit.hf.hub_errors import plain_errors
 _OF_TRANSFORMERS, _OF_DIFFUSERS = "model", "diffusion_pytorch_model"
 # No separator, no colon, no leading dot: neither another folder, nor another drive, nor a hidden file.
 _WEIGHT_FILE = re.compile(r"[\w-][\w.-]*\.safetensors")
-_LARGEST_HEADER = 8 + 100_000_000  # what safetensors reads
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -138,13 +138,15 @@ class _Repository:
 
     def text(self, file: str) -> str:
         with plain_errors(self.name, "try again"):
-            return Path(hf_hub_download(self.name, file, revision=self._commit)).read_text(encoding="utf-8")
+            path = hf_hub_download(self.name, file, revision=self._commit)
+        return Path(path).read_text(encoding="utf-8")
 
     def headers(self, file: str) -> dict[str, TensorHeader]:
         try:
             with plain_errors(self.name, "try again"):
                 header = self._api.parse_safetensors_file_metadata(self.name, file, revision=self._commit)
-        except (SafetensorsParsingError, KeyError, TypeError, ValueError, AttributeError) as error:
+                length = self._header_length(file)
+        except (SafetensorsParsingError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} of {self.name}: not a readable safetensors file") from error
         leaf = file.rpartition("/")[2]
         try:
@@ -161,9 +163,16 @@ class _Repository:
             if first != end or last - first != sizes[key]:
                 raise CheckpointError(f"{file} of {self.name}: {key} does not lie where its header says")
             end = last
-        if not 8 < self.files[file] - end <= _LARGEST_HEADER:
+        if self.files[file] != 8 + length + end:
             raise CheckpointError(f"{file} of {self.name}: its header does not fit the file")
         return tensors
+
+    def _header_length(self, file: str) -> int:
+        """Return how long a header says it is; the client keeps that to itself."""
+        address = hf_hub_url(self.name, file, revision=self._commit)
+        answer = get_session().get(address, headers={**build_hf_headers(), "Range": "bytes=0-7"})
+        hf_raise_for_status(answer)
+        return int.from_bytes(answer.content[:8], "little")
 
 
 def _place(path: str | Path, revision: str | None) -> _Folder | _Repository:
