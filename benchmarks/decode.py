@@ -65,8 +65,7 @@ def generating(model: Any, prompt: torch.Tensor, new_tokens: int) -> Callable[[i
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
 
     def call(_: int) -> Any:
-        with torch.inference_mode():
-            return model.generate(**inputs, generation_config=settings)
+        return model.generate(**inputs, generation_config=settings)
 
     return call
 

@@ -4,13 +4,15 @@
     python -m benchmarks.kernels --quick         # one shape, two batches
 
 Every case rotates through so many copies of each weight that they do not fit into the caches, as the layers of a model
-do. The floor is the time in which the bytes of the weight can be read, at the rate measured beside the cases. Writes
-``benchmarks/results/kernels_cpu.json``; ``python -m benchmarks.report`` renders the table.
+do. Peers that are installed take part: ``pip install bitsandbytes torchao``. The floor is the time in which the bytes
+of the weight can be read, at the rate measured beside the cases. Writes ``benchmarks/results/kernels_cpu.json``;
+``python -m benchmarks.report`` renders the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -78,17 +80,33 @@ def cases(rows: int, columns: int, batch: int) -> tuple[dict[str, Callable[[int]
     row_scale = torch.rand(rows).bfloat16()
     found["torch int8"] = lambda i: torch.ops.aten._weight_int8pack_mm(x, eight[i % len(eight)], row_scale)
     nbytes |= {"dense bfloat16": rows * columns * 2, "torch int4": rows * columns // 2}
-    nf4 = _bitsandbytes(rows, columns)
-    if nf4 is not None:
-        found["bitsandbytes nf4"] = lambda i: nf4[i % len(nf4)](x)
+    found |= {name: (lambda i, own=own: own[i % len(own)](x)) for name, own in peers(rows, columns).items()}
     return found, nbytes
 
 
-def _bitsandbytes(rows: int, columns: int) -> list[nn.Module] | None:
-    try:
-        import bitsandbytes
-    except ImportError:
-        return None
+def peers(rows: int, columns: int) -> dict[str, list[nn.Module]]:
+    """Return layers of the packages that are installed; torchao has no product with int4 for x86 processors."""
+    found = {}
+    with contextlib.suppress(ImportError):
+        found["bitsandbytes nf4"] = _bitsandbytes(rows, columns)
+    with contextlib.suppress(ImportError):
+        found["torchao int8"] = _torchao(rows, columns)
+    return found
+
+
+def _torchao(rows: int, columns: int) -> list[nn.Module]:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def make() -> nn.Module:
+        layer = nn.Sequential(nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16))
+        quantize_(layer, Int8WeightOnlyConfig())
+        return layer
+
+    return copies(make, rows * columns)
+
+
+def _bitsandbytes(rows: int, columns: int) -> list[nn.Module]:
+    import bitsandbytes
 
     def make() -> nn.Module:
         layer = bitsandbytes.nn.Linear4bit(columns, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")

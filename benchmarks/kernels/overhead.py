@@ -18,7 +18,7 @@ from rich.table import Table
 
 from hf_lowbit import PackedLinear
 from hf_lowbit.kernels.cpu import binary
-from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, load
+from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, Job, load
 from hf_lowbit.report.bench import random_weight, typical_spec
 
 ROUNDS, CALLS = 40, 30
@@ -42,9 +42,8 @@ def levels(rows: int, columns: int) -> dict[str, Callable[[], Any]]:
         made = binary.prepared(parts, *sizes)
         dtype, own = DTYPES[torch.bfloat16], ISAS.index(isa)
         found["kernel, in Python"] = lambda: binary.linear(x, parts, None, sizes)
-        found["library"] = lambda: library.hflb_linear(
-            ctypes.byref(made.weight), x.data_ptr(), dtype, 1, None, out.data_ptr(), 2, own, 1
-        )
+        job = Job(ctypes.pointer(made.weight), None, out.data_ptr())
+        found["library"] = lambda: library.hflb_linear(ctypes.byref(job), 1, x.data_ptr(), dtype, 1, 2, own, 1)
     return found
 
 

@@ -111,7 +111,7 @@ class Format:
     def ready(self, bias: Tensor | None) -> Callable[[Tensor], Tensor | None] | None:
         """Return a shorter way to :meth:`linear`, None if the format has none.
 
-        It may be used as long as no tensor is replaced, and returns None for what it leaves to :meth:`linear`.
+        It serves as long as no tensor is replaced, and returns None for what it leaves to :meth:`linear`.
         """
         return None
 

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from hf_lowbit.formats.base import Format, Shapes, Spec, register_format
 from hf_lowbit.formats.bits import padding_is_zero, pruned_evenly, scale_problems
-from hf_lowbit.kernels import ops, pack_plane, plane_bytes, unpack_plane
+from hf_lowbit.kernels import ops, pack_plane, plane_bytes, ready, unpack_plane
 from hf_lowbit.kernels.reference import kept_columns, spread
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -315,4 +315,4 @@ class BinaryFormat(Format):
     def ready(self, bias: Tensor | None) -> Callable[[Tensor], Tensor | None] | None:
         """Return a shorter way to :meth:`linear` for few tokens on the CPU; see :class:`Format`."""
         parts, sizes = self.call_arguments()
-        return ops.binary_ready(parts, bias, sizes)
+        return ready.binary_ready(parts, bias, sizes)

@@ -146,15 +146,16 @@ def binary_linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes) ->
     return choose(x.dtype, x.device.type, parts, sizes).linear(x, parts, bias, sizes)
 
 
-def binary_ready(parts: Parts, bias: Tensor | None, sizes: Sizes) -> Callable[[Tensor], Tensor | None] | None:
-    """Return a shorter way to :func:`binary_linear` with one weight, or None where there is none.
+def is_forced() -> bool:
+    """Return whether a kernel is forced now."""
+    return _forced is not None
 
-    It returns None for what it leaves to the longer way, always so while a kernel is forced.
-    """
+
+def binary_call(parts: Parts, bias: Tensor | None, sizes: Sizes) -> cpu.Call | None:
+    """Return a shorter way to :func:`binary_linear` with one weight and few tokens, or None where there is none."""
     if parts[0].device.type != "cpu" or cpu.unsupported(torch.bfloat16, parts, sizes) is not None:
         return None
-    call = cpu.Call(parts, bias, sizes)
-    return lambda x: call(x) if _forced is None else None
+    return cpu.Call(parts, bias, sizes)
 
 
 def binary_dequantize(parts: Parts, sizes: Sizes) -> Tensor:

@@ -6,7 +6,6 @@ One function serves all devices (dispatch key ``CompositeExplicitAutograd``): wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,17 +97,6 @@ def binary_linear(x: Tensor, parts: tuple[Tensor | None, ...], bias: Tensor | No
         return _binary_linear(x, *parts, bias, *sizes)
     out: Tensor = torch.ops.hf_lowbit.binary_linear(x, *parts, bias, *sizes)
     return out
-
-
-def binary_ready(
-    parts: tuple[Tensor | None, ...], bias: Tensor | None, sizes: tuple[int, int, int, int]
-) -> Callable[[Tensor], Tensor | None] | None:
-    """Return a shorter way to :func:`binary_linear` with one weight, for a model's decoding; None if there is none.
-
-    It returns None for calls that it leaves to the longer way: many tokens, gradients, anything unusual.
-    """
-    call = dispatch.binary_ready(parts, bias, sizes)
-    return None if call is None else lambda x: call(x) if unobserved(x, bias) else None
 
 
 def unobserved(x: Tensor, *others: Tensor | None) -> bool:

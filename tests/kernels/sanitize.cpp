@@ -11,7 +11,7 @@
 
 extern "C" {
 int hflb_isa(void);
-int hflb_linear(const hflb_weight*, const void*, int64_t, int64_t, const void*, void*, int64_t, int64_t, int64_t);
+int hflb_linear(const hflb_job*, int64_t, const void*, int64_t, int64_t, int64_t, int64_t, int64_t);
 int hflb_has_amx(void);
 int hflb_wide_amx(const hflb_weight*, const void*, int64_t, const void*, void*, int64_t);
 int hflb_dequantize(const hflb_weight*, int64_t, int64_t, void*, int64_t, int64_t, int64_t, int64_t);
@@ -51,7 +51,7 @@ int main(int count, char** arguments) {
         w.block_size = HFLB_GROUP * between(1, 3);
         w.blocks = (w.columns + w.block_size - 1) / w.block_size;
         w.groups = between(1, 2), w.salient_groups = between(0, w.groups);
-        w.runs = w.salient_groups ? 8 * between(1, 5) : 0;
+        w.runs = w.salient_groups ? 8 * between(1, 5) : 0, w.used_runs = w.runs ? between(1, w.runs) : 0;
         w.scale_dtype = between(0, 1);
         const bool shift = between(0, 3) == 0, mask = between(0, 2) == 0;
         const int64_t padded = (w.columns + HFLB_GROUP - 1) / HFLB_GROUP * HFLB_GROUP, plane = w.rows * padded / 8;
@@ -78,11 +78,13 @@ int main(int count, char** arguments) {
         w.first_scale = first.data, w.second_scale = second.data;
         const int64_t dtype = between(0, 2), tokens = between(0, 5), width = dtype == HFLB_F32 ? 4 : 2;
         Exact<uint8_t> x(tokens * w.columns * width), bias(w.rows * width), y(tokens * w.rows * width);
+        Exact<uint8_t> more(tokens * w.rows * width);
+        const hflb_job jobs[2] = {{&w, number % 2 ? bias.data : 0, y.data}, {&w, 0, more.data}};
         Exact<uint8_t> dense(w.rows * w.columns * width), apart(w.rows * (w.columns + slots) * width);
         random_scales(x.data, tokens * w.columns, dtype), random_scales(bias.data, w.rows, dtype);
         for (int64_t isa = 0; isa <= hflb_isa(); ++isa) {
             const int64_t threads = between(1, 4), begin = between(0, w.rows);
-            if (hflb_linear(&w, x.data, dtype, tokens, number % 2 ? bias.data : 0, y.data, between(1, 3), isa, threads)) return 1;
+            if (hflb_linear(jobs, between(1, 2), x.data, dtype, tokens, between(1, 3), isa, threads)) return 1;
             if (hflb_dequantize(&w, begin, w.rows, dense.data, dtype, 0, isa, threads)) return 2;
             if (hflb_dequantize(&w, begin, w.rows, apart.data, dtype, 1, isa, threads)) return 3;
         }

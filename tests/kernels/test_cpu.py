@@ -11,7 +11,7 @@ import torch
 
 import hf_lowbit.kernels.cpu.binary as cpu
 from hf_lowbit.kernels import dispatch, reference
-from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, has_amx, load
+from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, Job, has_amx, load
 from tests.kernels.test_binary_op import LINEAR, Case
 
 LIBRARY, ISA = load()
@@ -48,10 +48,10 @@ def by_isa(case, x, bias, isa, digits, threads=1):
     parts = case.tensors()
     made = cpu.Prepared(parts, *case.sizes())
     out = torch.full((len(x), case.n), float("nan"), dtype=x.dtype)
+    job = Job(ctypes.pointer(made.weight), None if bias is None else bias.data_ptr(), out.data_ptr())
     failed = LIBRARY.hflb_linear(
-        ctypes.byref(made.weight), x.data_ptr(), DTYPES[x.dtype], len(x), None if bias is None else bias.data_ptr(),
-        out.data_ptr(), digits, ISAS.index(isa), threads,
-    )  # fmt: skip
+        ctypes.byref(job), 1, x.data_ptr(), DTYPES[x.dtype], len(x), digits, ISAS.index(isa), threads
+    )
     assert failed == 0
     return out
 

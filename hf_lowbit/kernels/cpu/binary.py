@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, Weight, has_amx, load
+from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, Job, Weight, has_amx, load
 from hf_lowbit.kernels.planes import GROUP, pack_plane, padded_columns, unpack_plane
 from hf_lowbit.kernels.reference import kept_columns, salient_groups, spread
 
@@ -200,36 +200,53 @@ class Call:
         self._made = prepared(parts, *sizes)
         self._tensors = [part for part in (*parts, bias) if part is not None]
         self._stamp = _stamp(self._tensors)
-        self._bias = None if bias is None or not bias.is_contiguous() else bias
-        self._no_bias = bias is None
-        self._columns, self._rows = sizes[0], self._made.weight.rows
-        library, isa = load()
-        self._linear, self._weight, self._isa = library.hflb_linear, ctypes.byref(self._made.weight), ISAS.index(isa)
+        self._bias = bias
+        self._columns, self.rows = sizes[0], self._made.weight.rows
+        self.job = Job(ctypes.pointer(self._made.weight), None if bias is None else bias.data_ptr(), None)
+        self._together = Together([self])
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """Return what :func:`linear` would, or None where that has to be asked.
+        """Return what :func:`linear` would for x (..., in_features), or None where that has to be asked."""
+        outs = self._together(x)
+        return None if outs is None else outs[0]
 
-        Args:
-            x: (..., in_features) on any device, seen by nobody but us.
-        """
-        shape, dtype = x.shape, x.dtype
-        count = x.numel() // self._columns
-        if not (
-            0 < count <= MOST_TOKENS_TILES
-            and shape[-1] == self._columns
-            and dtype in DIGITS
+    def takes(self, x: Tensor) -> bool:
+        """Return whether this way serves for an input, and the weight is still the one that was looked up."""
+        bias = self._bias
+        return (
+            0 < x.numel() <= MOST_TOKENS_TILES * self._columns
+            and x.shape[-1] == self._columns
+            and x.dtype in DIGITS
             and x.is_cpu
             and x.is_contiguous()
-            and (self._no_bias or (self._bias is not None and self._bias.dtype is dtype))
+            and (bias is None or (bias.dtype is x.dtype and bias.is_contiguous()))
             and _stamp(self._tensors) == self._stamp
-        ):
+        )
+
+
+class Together:
+    """Products of one input with several weights, in one call of the library."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        """Take the weights, each with as many columns."""
+        self._calls, self._jobs = calls, Job * len(calls)
+        library, isa = load()
+        self._linear, self._isa = library.hflb_linear, ISAS.index(isa)
+
+    def __call__(self, x: Tensor) -> list[Tensor] | None:
+        """Return what :func:`linear` would for each of the weights, or None where that has to be asked."""
+        if not all(call.takes(x) for call in self._calls):
             return None
-        out = torch.empty((*shape[:-1], self._rows), dtype=dtype)
+        dtype, before = x.dtype, x.shape[:-1]
+        outs = [torch.empty((*before, call.rows), dtype=dtype) for call in self._calls]
+        jobs = self._jobs(*(call.job for call in self._calls))
+        for job, out in zip(jobs, outs, strict=True):
+            job.y = out.data_ptr()
         failed = self._linear(
-            self._weight, x.data_ptr(), DTYPES[dtype], count, None if self._bias is None else self._bias.data_ptr(),
-            out.data_ptr(), DIGITS[dtype], self._isa, torch.get_num_threads(),
+            jobs, len(outs), x.data_ptr(), DTYPES[dtype], x.numel() // x.shape[-1], DIGITS[dtype], self._isa,
+            torch.get_num_threads(),
         )  # fmt: skip
-        return None if failed else out
+        return None if failed else outs
 
 
 def linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes, digits: int = 0) -> Tensor:
@@ -261,9 +278,9 @@ def linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes, digits: i
         ):
             raise MemoryError("binary_linear: no memory for a scratch buffer")
         return out
+    job = Job(ctypes.pointer(made.weight), None if bias is None else bias.data_ptr(), out.data_ptr())
     failed = library.hflb_linear(
-        ctypes.byref(made.weight), rows.data_ptr(), DTYPES[x.dtype], count,
-        None if bias is None else bias.data_ptr(), out.data_ptr(), digits or DIGITS[x.dtype], ISAS.index(isa),
+        ctypes.byref(job), 1, rows.data_ptr(), DTYPES[x.dtype], count, digits or DIGITS[x.dtype], ISAS.index(isa),
         torch.get_num_threads(),
     )  # fmt: skip
     if failed == 1:  # NaN or infinity, which integers cannot hold

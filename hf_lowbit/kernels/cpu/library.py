@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 logger = logging.getLogger(__name__)
-ABI = 4
+ABI = 5
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NAME = "_binary"
@@ -33,6 +33,12 @@ class Weight(ctypes.Structure):
             for name in ("run_column", "run_block", "first_scale", "second_scale", "run_planes")
         ),
     )
+
+
+class Job(ctypes.Structure):
+    """``hflb_job`` of ``csrc/binary.h``."""
+
+    _fields_ = (("weight", ctypes.POINTER(Weight)), ("bias", ctypes.c_void_p), ("y", ctypes.c_void_p))
 
 
 @functools.cache
@@ -54,7 +60,7 @@ def load() -> tuple[Any, str]:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.hflb_linear.restype = ctypes.c_int
     library.hflb_linear.argtypes = [
-        ctypes.POINTER(Weight), pointer, integer, integer, pointer, pointer, integer, integer, integer,
+        ctypes.POINTER(Job), integer, pointer, integer, integer, integer, integer, integer,
     ]  # fmt: skip
     library.hflb_dequantize.restype = ctypes.c_int
     library.hflb_dequantize.argtypes = [

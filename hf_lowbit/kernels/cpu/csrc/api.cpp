@@ -55,29 +55,42 @@ Buffers buffers_in(Pieces* from, const hflb_weight* w, int64_t count, int64_t di
 
 void* aligned(int64_t size) { return aligned_alloc(64, (size_t)((size + 127) / 64 * 64)); }
 
+// Some tokens with all weights that read them. Strips of all weights are shared out together.
 int some_tokens(
-    const hflb_weight* w, const void* x, int64_t dtype, int64_t count, const void* bias, void* y, int64_t digits, int64_t isa,
+    const hflb_job* jobs, int64_t n, int64_t from, const void* x, int64_t dtype, int64_t count, int64_t digits, int64_t isa,
     int64_t threads
 ) {
     const hflb_kernels* kernels = kernels_of(isa);
+    const int64_t width = dtype == HFLB_F32 ? 4 : 2;
     Pieces size = {0, 0};
-    buffers_in(&size, w, count, digits, false);
+    size.take<hflb_work>(n);
+    for (int64_t i = 0; i < n; ++i) buffers_in(&size, jobs[i].weight, count, digits, false);
     Pieces memory = {(char*)aligned(size.used), 0};
     if (!memory.base) return 2;
-    const Buffers own = buffers_in(&memory, w, count, digits, true);
-    const int64_t width = dtype == HFLB_F32 ? 4 : 2;
+    hflb_work* works = memory.take<hflb_work>(n);
     int result = 0;
-    for (int64_t m = 0; m < count && !result; ++m)
-        result = !kernels->make_token(w, (const char*)x + m * w->columns * width, dtype, digits, own.values, own.tokens + m);
-    if (!result) {
-        const hflb_work work = {w, own.tokens, count, digits, bias, y, dtype};
-        const int64_t strips = (w->rows + HFLB_STRIP - 1) / HFLB_STRIP;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-        for (int64_t part = 0; part < threads; ++part)
-            for (int64_t strip = strips * part / threads; strip < strips * (part + 1) / threads; ++strip) {
+    int64_t strips = 0;
+    for (int64_t i = 0; i < n && !result; ++i) {
+        const hflb_weight* w = jobs[i].weight;
+        const Buffers own = buffers_in(&memory, w, count, digits, true);
+        for (int64_t m = 0; m < count && !result; ++m) {
+            const char* token = (const char*)x + (from + m) * w->columns * width;
+            result = !kernels->make_token(w, token, dtype, digits, own.values, own.tokens + m);
+        }
+        works[i] = {w, own.tokens, count, digits, jobs[i].bias, (char*)jobs[i].y + from * w->rows * width, dtype};
+        strips += (w->rows + HFLB_STRIP - 1) / HFLB_STRIP;
+    }
+#pragma omp parallel for num_threads(threads) if (threads > 1 && !result) schedule(static)
+    for (int64_t part = 0; part < threads; ++part) {
+        int64_t first = strips * part / threads, last = strips * (part + 1) / threads;
+        for (int64_t i = 0; i < n && !result; ++i) {
+            const int64_t rows = works[i].weight->rows, own = (rows + HFLB_STRIP - 1) / HFLB_STRIP;
+            for (int64_t strip = first < 0 ? 0 : first; strip < own && strip < last; ++strip) {
                 const int64_t row = strip * HFLB_STRIP, end = row + HFLB_STRIP;
-                kernels->rows(&work, row, end < w->rows ? end : w->rows);  // all tokens, while its planes are in the cache
+                kernels->rows(works + i, row, end < rows ? end : rows);  // all tokens, while its planes are in the cache
             }
+            first -= own, last -= own;
+        }
     }
     free(memory.base);
     return result;
@@ -104,19 +117,15 @@ int hflb_isa(void) {
 #endif
 }
 
-// y = x W^T + bias for `count` tokens, x [count][columns] and y [count][rows] contiguous, bias [rows] in the dtype of x.
-// Returns 0, 1 if the activations hold NaN or infinity (y is not complete then), 2 without memory.
+// y = x W^T + bias for `count` tokens and each of `n` weights with as many columns, x [count][columns] and each y
+// [count][rows] contiguous, bias [rows] in the dtype of x. Returns 0, 1 if the activations hold NaN or infinity (y is not
+// complete then), 2 without memory.
 int hflb_linear(
-    const hflb_weight* w, const void* x, int64_t dtype, int64_t count, const void* bias, void* y, int64_t digits, int64_t isa,
-    int64_t threads
+    const hflb_job* jobs, int64_t n, const void* x, int64_t dtype, int64_t count, int64_t digits, int64_t isa, int64_t threads
 ) {
-    const int64_t width = dtype == HFLB_F32 ? 4 : 2;
     int result = 0;
-    for (int64_t m = 0; m < count && w->rows > 0 && !result; m += TOKENS) {
-        const int64_t some = count - m < TOKENS ? count - m : TOKENS;
-        const char* from = (const char*)x + m * w->columns * width;
-        result = some_tokens(w, from, dtype, some, bias, (char*)y + m * w->rows * width, digits, isa, threads);
-    }
+    for (int64_t m = 0; m < count && !result; m += TOKENS)
+        result = some_tokens(jobs, n, m, x, dtype, count - m < TOKENS ? count - m : TOKENS, digits, isa, threads);
     return result;
 }
 

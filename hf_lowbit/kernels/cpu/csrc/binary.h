@@ -15,7 +15,7 @@
 
 #include "half.h"
 
-#define HFLB_ABI 4
+#define HFLB_ABI 5
 #define HFLB_GROUP 128  // columns of a group of a plane, in 16 bytes
 #define HFLB_RUN 16     // columns of a run: one bit position of a group
 #define HFLB_TILE 16    // rows that are worked on together
@@ -49,6 +49,13 @@ typedef struct {
     const float* second_scale;   // [salient_groups][runs * 16]
     const uint8_t* run_planes;   // [4][rows][runs * 2]: signs, group, signs of the second plane, and keep with a mask
 } hflb_weight;
+
+// One product of a call.
+typedef struct {
+    const hflb_weight* weight;
+    const void* bias;  // [rows] or null
+    void* y;           // [count][rows]
+} hflb_job;
 
 // Activations of one token as integers, in bytes, most significant first.
 typedef struct {
