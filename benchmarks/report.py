@@ -1,4 +1,4 @@
-"""Renders the tables of README.md and benchmarks/README.md from the result files; no figure is typed by hand.
+"""Renders the tables of README.md and benchmarks/README.md, and the cards in model_cards/, from the result files.
 
     python -m benchmarks.report            # rewrite the tables
     python -m benchmarks.report --check    # fail if a table differs from its result files (a test does this)
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_adasvd, report_pbs2p, report_recalkv, report_texts
+from benchmarks import cards, report_adasvd, report_pbs2p, report_recalkv, report_texts
 from benchmarks.common import RESULTS, ROOT, read_results
 from benchmarks.tables import number as _number
 from benchmarks.tables import table as _table
@@ -230,9 +230,9 @@ def rendered(text: str) -> str:
 
 
 def documents() -> dict[Path, str]:
-    """Return the documents with tables and what each should read."""
+    """Return the documents with tables, the example cards, and what each should read."""
     paths = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
-    return {path: rendered(path.read_text(encoding="utf-8")) for path in paths}
+    return {**{path: rendered(path.read_text(encoding="utf-8")) for path in paths}, **cards.documents()}
 
 
 def main() -> Any:
@@ -240,7 +240,7 @@ def main() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    stale = [path for path, text in documents().items() if path.read_text(encoding="utf-8") != text]
+    stale = [path for path, text in documents().items() if not path.exists() or path.read_text("utf-8") != text]
     if arguments.check:
         return (
             f"out of date: {', '.join(path.name for path in stale)}; run python -m benchmarks.report" if stale else 0
