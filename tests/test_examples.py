@@ -1,5 +1,8 @@
 """The examples run from the first line to the last on the real model, with hardly any data."""
 
+import subprocess
+import sys
+
 import pytest
 
 from examples import demo, long_context
@@ -26,3 +29,13 @@ def test_long_context(tmp_path, monkeypatch, capsys):
     for line in ("23,040", "7.11", "1.98", "latents of 4 bits", "it wrote was the same with the cache from the file"):
         assert line in shown
     assert [path.name for path in tmp_path.iterdir()] == ["article.safetensors"]
+
+
+@pytest.mark.slow
+def test_push_and_pull():
+    """A process of its own: the clients of the Hub read where it is when they are imported."""
+    command = [sys.executable, "-m", "examples.push_and_pull"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "the same logits, bit for bit" in done.stdout
+    assert "hf_T0ken" not in done.stdout + done.stderr
