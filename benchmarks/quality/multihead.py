@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import assets
 from hf_lowbit.calibration.data import load_texts, tokenize
 
-VOCABULARY, LENGTH, BATCH, STEPS = 2048, 256, 8, 400
+VOCABULARY, LENGTH, BATCH, STEPS = 2048, 256, 8, 300
 _WARMUP, _RATE = 30, 3e-3
 
 
