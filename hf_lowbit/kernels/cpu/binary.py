@@ -198,29 +198,47 @@ class Call:
     def __init__(self, parts: Parts, bias: Tensor | None, sizes: Sizes) -> None:
         """Look all up; the weight must be one that :func:`unsupported` has nothing against."""
         self._made = prepared(parts, *sizes)
+        # Moving any tensor is seen; writing to one, where it was copied from. The others are read where they are.
         self._tensors = [part for part in (*parts, bias) if part is not None]
-        self._stamp = _stamp(self._tensors)
-        self._bias = bias
-        self._columns, self.rows = sizes[0], self._made.weight.rows
+        copied = parts if parts[8] is not None else (parts[1], *parts[3:])
+        self._copied = [part for part in copied if part is not None and not part.is_inference()]
+        self._places, self._versions = self._stamp()
+        self._bias, self._columns, self.rows = bias, sizes[0], self._made.weight.rows
+        self._most = MOST_TOKENS_TILES * self._columns
         self.job = Job(ctypes.pointer(self._made.weight), None if bias is None else bias.data_ptr(), None)
-        self._together = Together([self])
+        self._one = Job * 1
+        library, isa = load()
+        self._linear, self._isa = library.hflb_linear, ISAS.index(isa)
+
+    def _stamp(self) -> tuple[list[int], list[int]]:
+        return [tensor.data_ptr() for tensor in self._tensors], [tensor._version for tensor in self._copied]
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """Return what :func:`linear` would for x (..., in_features), or None where that has to be asked."""
-        outs = self._together(x)
-        return None if outs is None else outs[0]
+        if not self.takes(x):
+            return None
+        dtype = x.dtype
+        out = torch.empty((*x.shape[:-1], self.rows), dtype=dtype)
+        jobs = self._one(self.job)
+        jobs[0].y = out.data_ptr()
+        failed = self._linear(
+            jobs, 1, x.data_ptr(), DTYPES[dtype], x.numel() // self._columns, DIGITS[dtype], self._isa,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return None if failed else out
 
     def takes(self, x: Tensor) -> bool:
         """Return whether this way serves for an input, and the weight is still the one that was looked up."""
         bias = self._bias
         return (
-            0 < x.numel() <= MOST_TOKENS_TILES * self._columns
+            0 < x.numel() <= self._most
             and x.shape[-1] == self._columns
             and x.dtype in DIGITS
             and x.is_cpu
             and x.is_contiguous()
             and (bias is None or (bias.dtype is x.dtype and bias.is_contiguous()))
-            and _stamp(self._tensors) == self._stamp
+            and [tensor.data_ptr() for tensor in self._tensors] == self._places
+            and [tensor._version for tensor in self._copied] == self._versions
         )
 
 
