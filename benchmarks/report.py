@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cards, report_adasvd, report_pbs2p, report_recalkv, report_texts
+from benchmarks import cards, report_adasvd, report_kernels, report_pbs2p, report_recalkv, report_texts
 from benchmarks.common import RESULTS, ROOT, read_results
 from benchmarks.tables import number as _number
 from benchmarks.tables import table as _table
@@ -133,52 +133,6 @@ def setup() -> str:
     return text
 
 
-def decode() -> str:
-    """Return the table of decoding speeds."""
-    path = RESULTS / "decode.json"
-    if not path.exists():
-        return "Not measured yet."
-    result = json.loads(path.read_text())
-    rows = []
-    for name, case in result["models"].items():
-        for way, speed in case["speeds"].items():
-            rows.append([name, way, f"{speed['tokens_per_second']:.1f}", f"{speed['ratio']:.2f} ×"])
-    environment = result["environment"]
-    where = f"{environment['cpu']}, {environment['threads']} thread(s), one sequence, median of calls in turn"
-    return _table(["model", "weights", "tokens per second", "of dense"], rows) + f"\n\n{where}."
-
-
-def kernels() -> str:
-    """Return the table of single products on the CPU."""
-    path = RESULTS / "kernels_cpu.json"
-    if not path.exists():
-        return "Not measured yet."
-    result = json.loads(path.read_text())
-    peers = list(dict.fromkeys(name for case in result["cases"] for name in case["ratio"]))
-    header = ["shape, tokens", "µs: median (20 %, 80 %)", *(f"× {peer}" for peer in peers), "of byte floor"]
-    rows = []
-    for case in result["cases"]:
-        low, middle, high = case["microseconds"]["ours"]
-        ratios = [f"{case['ratio'][peer]:.2f}" if peer in case["ratio"] else "–" for peer in peers]
-        rows.append(
-            [
-                f"{case['rows']} × {case['columns']}, {case['batch']}",
-                f"{middle:,.0f} ({low:,.0f}, {high:,.0f})",
-                *ratios,
-                f"{case['share_of_floor']:.0%}",
-            ]
-        )
-    environment = result["environment"]
-    rates = [case["gigabytes_per_second"] for case in result["cases"]]
-    bits = [case["bits_per_weight"] for case in result["cases"]]
-    return (
-        _table(header, rows)
-        + f"\n\n{environment['cpu']}, {result['isa']}, {environment['threads']} thread(s); memory read at "
-        f"{min(rates):.0f} to {max(rates):.0f} GB/s; {min(bits):.2f} to {max(bits):.2f} bits per weight; torch "
-        f"{environment['packages']['torch']}, commit {environment['commit']}."
-    )
-
-
 def drills() -> str:
     """Return what the drills require and found, and where they ran."""
     path = RESULTS / "drills.json"
@@ -209,9 +163,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-setup": setup,
     "quality-layers": layers,
     "quality-order": order,
-    "decode": decode,
     "drills": drills,
-    "kernels": kernels,
+    **report_kernels.TABLES,
     **report_pbs2p.TABLES,
     **report_adasvd.TABLES,
     **report_texts.TABLES,
