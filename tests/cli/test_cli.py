@@ -132,7 +132,8 @@ def test_recalkv_by_the_command(dense: Path, text: Path, tmp_path: Path) -> None
         "recent_window=8": "recent_window needs latent_bits below 16",
     }
     for slip, message in slips.items():
-        result = run("quantize", dense, tmp_path / "no", "--method", "recalkv", "--option", slip, "--calibration", text)
+        words = ("--method", "recalkv", "--option", slip, "--calibration", text)
+        result = run("quantize", dense, tmp_path / "no", *words)
         assert result.exit_code == 2
         assert message in " ".join(result.output.split())
         assert not (tmp_path / "no").exists()
