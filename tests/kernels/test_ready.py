@@ -165,3 +165,16 @@ def test_copies_start_anew(model):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), want)
         assert twin.groups()[0] is not model.groups()[0]
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_number_of_threads_does_not_matter(threads, model):
+    x = torch.randn(5, 256).bfloat16()
+    for _ in range(3):
+        model(torch.randn(1, 256).bfloat16())
+    want, before = model(x), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(model(x.clone()), want)
+    finally:
+        torch.set_num_threads(before)
