@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RevisionNotFoundError
 
-from hf_lowbit.compress.journal import file_hash
 from hf_lowbit.errors import HubError
 from hf_lowbit.hf import card
 from hf_lowbit.hf.card import CardFields
 from hf_lowbit.hf.hub_errors import LOG_IN, is_missing, patiently, plain_errors
-from hf_lowbit.hf.preflight import CARD, LocalFile, Preflight, check_folder, secrets_in
+from hf_lowbit.hf.preflight import CARD, Preflight, check_folder, secrets_in
 
 logger = logging.getLogger(__name__)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9_][\w.-]{0,94}")
@@ -209,14 +209,14 @@ class _Push:
         return [CARD, *(file.name for file in self.checked.files)]
 
     def _hash(self, name: str) -> tuple[str, str]:
-        """Return the SHA-256 of a file and its name in git; the Hub tells one of them."""
+        """Return both names of a content, see :func:`_hashes_of`; a file is read once."""
         if name not in self._hashes:
-            file = next((file for file in self.checked.files if file.name == name), None)
-            content = self.page if file is None else file.content
-            if content is not None:
-                self._hashes[name] = hashlib.sha256(content).hexdigest(), _git_name([content], len(content))
-            elif file is not None:
-                self._hashes[name] = file_hash(file.path), _git_name_of(file)
+            if name == CARD:
+                self._hashes[name] = _hashes_of(io.BytesIO(self.page))
+            else:
+                (file,) = (file for file in self.checked.files if file.name == name)
+                with open(file.path, "rb") if file.content is None else io.BytesIO(file.content) as handle:
+                    self._hashes[name] = _hashes_of(handle)
         return self._hashes[name]
 
     def _operations(self, stale: Iterable[str]) -> list[Any]:
@@ -309,17 +309,15 @@ class _Push:
             )
 
 
-def _git_name_of(file: LocalFile) -> str:
-    with open(file.path, "rb") as handle:
-        return _git_name(iter(lambda: handle.read(2**20), b""), file.size)
-
-
-def _git_name(chunks: Iterable[bytes], size: int) -> str:
-    """Return the name that git gives a content: the Hub tells it of small files."""
-    digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()
+def _hashes_of(handle: BinaryIO) -> tuple[str, str]:
+    """Return the SHA-256 of a content and the name that git gives it; the Hub tells the latter of small files."""
+    size = handle.seek(0, io.SEEK_END)
+    handle.seek(0)
+    digests = (hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False))
+    while chunk := handle.read(2**20):
+        for digest in digests:
+            digest.update(chunk)
+    return digests[0].hexdigest(), digests[1].hexdigest()
 
 
 def render_card(path: str | Path, repo: str, fields: CardFields, results: Mapping[str, Any] | None = None) -> str:

@@ -51,7 +51,7 @@ class PushToHub:
         """Publish the model with its card in one commit; another model in the repository is replaced.
 
         Args:
-            repo_id: user/name.
+            repo_id: user/name, or a name alone, which is yours.
             commit_message: first line of the commit.
             private: make the repository private, if it is made.
             token: None takes that of ``hf auth login`` or ``HF_TOKEN``.
@@ -81,9 +81,10 @@ class PushToHub:
                 f"push_to_hub of a packed model takes no {', '.join(asked)}; files are safetensors, at the top"
             )
         fields = CardFields(base_model, license, tuple(language or ()), tuple(tags or ()))
+        own = token if isinstance(token, str) else None
         return push_model(
             model,
-            repo_id,
+            _whole_name(repo_id, own),
             tokenizer,
             fields,
             results=results,
@@ -93,9 +94,24 @@ class PushToHub:
             replace=True,
             message=commit_message,
             description=commit_description,
-            token=token if isinstance(token, str) else None,
+            token=own,
             max_shard_size=max_shard_size,
         )
+
+
+def _whole_name(repo: str, token: str | None) -> str:
+    """Return user/name; both libraries take a name alone for one of the user's own repositories."""
+    if not isinstance(repo, str) or "/" in repo or not repo:
+        return repo
+    from huggingface_hub import HfApi, get_token
+
+    from hf_lowbit.errors import HubError
+    from hf_lowbit.hf.hub_errors import LOG_IN, plain_errors
+
+    if not (token or get_token()):
+        raise HubError(f"{repo}: no token to push with; {LOG_IN}")
+    with plain_errors(repo):
+        return f"{HfApi(token=token).whoami()['name']}/{repo}"
 
 
 def offer_push(model: Any) -> None:

@@ -83,12 +83,21 @@ def test_the_page_is_a_page(model_folder, results):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"base_model": "org/<b>"}, {"base_model": "/home/me/model"}, {"base_model": "a/b\x1b[0m"},
-        {"base_model": "../x"}, {"base_model": "a/b\n---"}, {"license": "MIT License"}, {"license": "mit\nx: y"}, {"tags": ("<script>",)},
-        {"tags": ("a\x00",)}, {"language": ("english please",)}, {"pipeline_tag": "Text Generation"}, {"license": 3},
+        {"base_model": "org/<b>"},
+        {"base_model": "/home/me/model"},
+        {"base_model": "a/b\x1b[0m"},
+        {"base_model": "../x"},
+        {"base_model": "a/b\n---"},
+        {"license": "MIT License"},
+        {"license": "mit\nx: y"},
+        {"license": 3},
+        {"tags": ("<script>",)},
+        {"tags": ("a\x00",)},
+        {"language": ("english please",)},
+        {"pipeline_tag": "Text Generation"},
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_fields_that_are_refused(fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))} must be") as caught:
         CardFields(**fields)

@@ -121,7 +121,7 @@ def test_push_to_hub_writes_the_card_and_replaces(hub, tmp_path):
     assert json.loads(hub.files("user/one")["compression_run.json"])["base_model"] == "org/model"
     other = tiny_model(num_hidden_layers=1)
     quantize(other, quick())
-    other.push_to_hub("user/one", license="mit", base_model="org/other", max_shard_size="50KB")
+    other.push_to_hub("one", license="mit", base_model="org/other", max_shard_size="50KB")  # of the owner of the token
     assert "model.safetensors" not in hub.files("user/one")
     assert "base_model: org/other" in hub.files("user/one")["README.md"].decode()
     with pytest.raises(ValueError, match="takes no variant"):
