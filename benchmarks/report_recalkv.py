@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from benchmarks.common import read_results
@@ -114,6 +115,21 @@ def heads() -> str:
     return table(["perplexity of the 8-head model, cache kept", *ratios], rows)
 
 
+def queries() -> str:
+    """Return errors of groupings of nine query heads, means over the blocks measured."""
+    found = _figures("queries")
+    if not found:
+        return NOT_YET
+    rows = []
+    for ratio in ("0.5", "0.3"):
+        cells = [
+            number(statistics.mean(row[ratio][way] for row in found.values()), 4)
+            for way in ("contiguous", "cka", "energy", "best", "mean", "worst")
+        ]
+        rows.append([f"{ratio}, {len(found)} blocks", *cells])
+    return table(["kept", "contiguous", "cka", "energy", "best of all 280", "mean of all", "worst of all"], rows)
+
+
 def latents() -> str:
     """Return perplexity and bytes of latents in few bits."""
     found, shared = _figures("latents"), _figures("table")
@@ -192,6 +208,7 @@ TABLES = {
     "recalkv-summary": summary,
     "recalkv-runs": runs,
     "recalkv-heads": heads,
+    "recalkv-queries": queries,
     "recalkv-latents": latents,
     "recalkv-elsewhere": elsewhere,
     "recalkv-ranks": ranks,

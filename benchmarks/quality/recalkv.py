@@ -3,6 +3,7 @@
     python -m benchmarks.quality.recalkv --part table singles           # about half an hour on one core
     python -m benchmarks.quality.recalkv --part runs                    # whole runs: through files, and in sequence
     python -m benchmarks.quality.recalkv --part heads                   # a model that does not share heads (no GQA)
+    python -m benchmarks.quality.recalkv --part queries                 # groupings of nine heads, errors alone
     python -m benchmarks.quality.recalkv --part latents                 # latents of 8, 4 and 3 bits
     python -m benchmarks.quality.recalkv --part elsewhere               # measured on news instead of articles
     python -m benchmarks.report                                         # renders the tables from the result files
@@ -23,6 +24,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import statistics
 import tempfile
@@ -48,6 +50,7 @@ from hf_lowbit.compress.measures import GradientStats, StackMeasures
 from hf_lowbit.compress.projections import projection_of
 from hf_lowbit.hf.save import save_model
 from hf_lowbit.kernels.latent_codec import decode_rows, encode_rows, row_bytes
+from hf_lowbit.numerics import grouping, low_rank
 from hf_lowbit.report.evaluate import perplexity
 
 FOLDER = "quality_recalkv"
@@ -300,7 +303,7 @@ def multihead() -> Bench:
     path = multihead_model.folder()
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return Bench(model, calibration_sequences(tokenizer, 64, 256), heldout_sequences(tokenizer, 48, 256))
+    return Bench(model, calibration_sequences(tokenizer, 128, 128), heldout_sequences(tokenizer, 192, 128))
 
 
 def heads(record: Record) -> None:
@@ -320,6 +323,56 @@ def _run_in_memory(bench: Bench, options: dict[str, Any], ratio: float) -> dict[
     hf_lowbit.quantize(model, bench.config(ratio=ratio, **options))
     with torch.no_grad():
         return Bench(model, bench.calibration, bench.heldout).figures()
+
+
+def queries(record: Record) -> None:
+    """Measure groupings of the nine query heads of SmolLM2, which stand in for many key heads: errors alone."""
+    bench = smollm2()
+    for block in range(1, 30, 3):
+        record.take(f"block {block}", functools.partial(_partitions_of_queries, bench, block))
+
+
+def _partitions_of_queries(bench: Bench, block: int) -> dict[str, Any]:
+    """Return relative errors of the groups that each method finds, of the best, worst and mean partition."""
+    weight = bench.model.get_submodule(f"model.layers.{block}.self_attn.q_proj").weight.detach().double()
+    moment = bench.stats[f"model.layers.{block}.self_attn.k_proj"].second_moment(torch.float64)  # the same input
+    gram = low_rank.output_gram(weight, moment)
+    heads, rows = 9, len(weight) // 9
+    energies = {}
+    for group in itertools.combinations(range(heads), 3):
+        index = torch.cat([torch.arange(head * rows, (head + 1) * rows) for head in group])
+        energies[group] = torch.linalg.eigvalsh(gram[index][:, index]).clamp(min=0)
+    by_similarity = grouping.greedy(grouping.head_similarity(weight, moment, heads), [3] * 3)
+    found: dict[str, Any] = {}
+    for ratio in (0.5, 0.3):
+        rank = int(ratio * 3 * rows)
+
+        def error(groups: Sequence[Sequence[int]], rank: int = rank) -> float:
+            lost = sum(float(energies[tuple(sorted(group))][: 3 * rows - rank].sum()) for group in groups)
+            return (lost / float(gram.trace())) ** 0.5
+
+        in_order = grouping.contiguous(heads, 3)
+        every = [error(groups) for groups in _threes(list(range(heads)))]
+        found[str(ratio)] = {
+            "contiguous": error(in_order),
+            "cka": error(by_similarity),
+            "energy": error(grouping.least_loss(gram, heads, [in_order, by_similarity], [rank] * 3)),
+            "best": min(every),
+            "mean": statistics.mean(every),
+            "worst": max(every),
+        }
+    return found
+
+
+def _threes(heads: list[int]) -> Iterator[list[tuple[int, ...]]]:
+    """Yield all partitions of heads into groups of three."""
+    if not heads:
+        yield []
+        return
+    for rest in itertools.combinations(heads[1:], 2):
+        others = [head for head in heads[1:] if head not in rest]
+        for groups in _threes(others):
+            yield [(heads[0], *rest), *groups]
 
 
 class Rounded:
@@ -375,6 +428,7 @@ PARTS: dict[str, Callable[[Record], None]] = {
     "singles": singles,
     "runs": runs,
     "heads": heads,
+    "queries": queries,
     "latents": latents,
     "elsewhere": elsewhere,
 }
