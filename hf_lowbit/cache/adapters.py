@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 )
 
 from hf_lowbit.cache.attention import LatentAttention, Structure, convert_attention
+from hf_lowbit.cache.layers import SINK_TOKENS
 from hf_lowbit.cache.probe import difference, norm_shift
 from hf_lowbit.cache.projection import become, is_latent
 from hf_lowbit.errors import UnsupportedModelError
@@ -33,12 +34,14 @@ _PROJECTIONS = {"q_proj", "k_proj", "v_proj"}
 _OUTPUTS = ("o_proj", "out_proj", "dense")
 _NORMS = {"q_norm", "k_norm"}
 _LATENT_ATTENTION = ("kv_b_proj", "kv_a_proj_with_mqa")
-_OWN = ("latent_structure", "latent_bits", "recent_window", "_latent_layout")
+_OWN = ("latent_structure", "latent_bits", "recent_window", "sink_tokens", "_latent_layout")
 _PLAIN = (bool, int, float, str, type(None))
 _TOLERANCE = 1e-4  # relative; rounding gives 1e-6
 
 
-def attach_latent_attention(model: nn.Module, latent_bits: int | None = None, recent_window: int = 0) -> int:
+def attach_latent_attention(
+    model: nn.Module, latent_bits: int | None = None, recent_window: int = 0, sink_tokens: int = SINK_TOKENS
+) -> int:
     """Make every attention module whose keys and values are packed as latents work on them.
 
     Modules that do so already get the options given here. Works on ``meta``.
@@ -47,6 +50,7 @@ def attach_latent_attention(model: nn.Module, latent_bits: int | None = None, re
         model: changed in place.
         latent_bits: 8, 4 or 3: how caches that have no options of their own keep latents; None as they are.
         recent_window: how many of the latest tokens they keep in full beside their codes.
+        sink_tokens: how many of the first tokens they keep in full beside their codes.
 
     Returns:
         The number of attention modules that work on latents.
@@ -64,7 +68,9 @@ def attach_latent_attention(model: nn.Module, latent_bits: int | None = None, re
     structures = _structures(model, fresh)
     for name, module in wanted.items():
         structure = structures[name] if name in fresh else module.latent_structure
-        convert_attention(module, structure, latent_bits=latent_bits, recent_window=recent_window)
+        convert_attention(
+            module, structure, latent_bits=latent_bits, recent_window=recent_window, sink_tokens=sink_tokens
+        )
     return len(wanted)
 
 

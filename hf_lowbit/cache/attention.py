@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.cache.adoption import claim
-from hf_lowbit.cache.layers import LatentLayer, Layout, check_codes
+from hf_lowbit.cache.layers import SINK_TOKENS, LatentLayer, Layout, check_codes
 from hf_lowbit.cache.projection import LatentProjection, become, is_latent
 from hf_lowbit.kernels import latent_attention
 
@@ -71,6 +71,7 @@ class LatentAttention:
     latent_structure: Structure
     latent_bits: int
     recent_window: int
+    sink_tokens: int
 
     def forward(
         self,
@@ -131,7 +132,8 @@ class LatentAttention:
                 stamp=own.k_proj(None, "stamp") + own.v_proj(None, "stamp"),
                 rotary=self.latent_structure.rotary is not None,
                 bits=self.latent_bits,
-                recent=self.recent_window,
+                recent=self.recent_window if self.latent_bits else 0,
+                first=self.sink_tokens if self.latent_bits else 0,
             )
             own._latent_layout = layout
         return layout
@@ -212,7 +214,12 @@ def latent_class(base: Any) -> Any:
 
 
 def convert_attention(
-    attention: Any, structure: Structure, *, latent_bits: int | None = None, recent_window: int = 0
+    attention: Any,
+    structure: Structure,
+    *,
+    latent_bits: int | None = None,
+    recent_window: int = 0,
+    sink_tokens: int = SINK_TOKENS,
 ) -> None:
     """Make an attention module work on latents, in place; works on ``meta``.
 
@@ -221,12 +228,13 @@ def convert_attention(
         structure: as found by :func:`hf_lowbit.cache.adapters.structure_of`.
         latent_bits: 8, 4 or 3: how caches that have no options of their own keep latents; None as they are.
         recent_window: how many of the latest tokens they keep in full beside their codes.
+        sink_tokens: how many of the first tokens they keep in full beside their codes.
 
     Raises:
         ValueError: a projection is not of that format, its heads are not those of the module, or an option is out of
             range.
     """
-    check_codes(latent_bits, recent_window)
+    check_codes(latent_bits, recent_window, sink_tokens)
     for name in ("k_proj", "v_proj"):
         projection = getattr(attention, name)
         if not is_latent(projection):
@@ -242,7 +250,8 @@ def convert_attention(
         stock: Any = type(attention)
         become(attention, latent_class(stock))
     attention.latent_structure = structure
-    attention.latent_bits, attention.recent_window = latent_bits or 0, recent_window
+    attention.latent_bits = latent_bits or 0
+    attention.recent_window, attention.sink_tokens = recent_window, sink_tokens
     attention.__dict__.pop("_latent_layout", None)
 
 
@@ -267,13 +276,17 @@ def decode(attention: Any, query: Tensor, layer: LatentLayer, keys: Tensor, valu
     visible = None if mask is None else mask[:, :, 0, :tokens]
     stored, bits = (keys, values), layer.layout.bits
     recent = layer.recent(tokens) if bits else None
-    if recent is None:
+    stop = tokens if recent is None else tokens - recent[0].shape[2]
+    first = layer.first(stop) if bits else None
+    start = 0 if first is None else first[0].shape[2]
+    if start == 0 and stop == tokens:
         return _step(attention, query, layer, stored, bits, slice(None), visible)[0]
-    older = tokens - recent[0].shape[2]
-    parts = [_step(attention, query, layer, recent, 0, slice(older, None), visible)]
-    if older:
-        stored = keys[:, :, :older], values[:, :, :older]
-        parts.append(_step(attention, query, layer, stored, bits, slice(0, older), visible))
+    parts = [] if first is None else [_step(attention, query, layer, first, 0, slice(0, start), visible)]
+    if start < stop:
+        stored = keys[:, :, start:stop], values[:, :, start:stop]
+        parts.append(_step(attention, query, layer, stored, bits, slice(start, stop), visible))
+    if recent is not None:
+        parts.append(_step(attention, query, layer, recent, 0, slice(stop, None), visible))
     return latent_attention.merge(parts)
 
 

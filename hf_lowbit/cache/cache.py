@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from hf_lowbit.cache.adoption import claim
 from hf_lowbit.cache.attention import LatentAttention
-from hf_lowbit.cache.layers import LatentLayer, check_codes
+from hf_lowbit.cache.layers import SINK_TOKENS, LatentLayer, check_codes
 
 
 class ReCalKVCache(Cache):
@@ -25,6 +25,7 @@ class ReCalKVCache(Cache):
         config: of the model, for kinds and number of its layers.
         latent_bits: 8, 4 or 3 keeps latents in codes; None as they are.
         recent_window: how many of the latest tokens are kept in full beside their codes.
+        sink_tokens: how many of the first tokens are kept in full beside their codes, in layers without a window.
         max_cache_len: room for so many tokens, allocated at once, so that decoding can be compiled; None grows.
         offloading: keep layers in the memory of the CPU while others run; needs an accelerator.
         offload_only_non_sliding: leave layers with a sliding window, which are small, where they are.
@@ -39,11 +40,12 @@ class ReCalKVCache(Cache):
         *,
         latent_bits: int | None = None,
         recent_window: int = 0,
+        sink_tokens: int = SINK_TOKENS,
         max_cache_len: int | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = True,
     ) -> None:
-        check_codes(latent_bits, recent_window)
+        check_codes(latent_bits, recent_window, sink_tokens)
         if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
             raise ValueError(f"max_cache_len must be None or an integer from 1, got {max_cache_len!r}")
         if recent_window and max_cache_len is not None:
@@ -55,7 +57,8 @@ class ReCalKVCache(Cache):
         else:
             stock = StaticCache(config=config, max_cache_len=max_cache_len)
         super().__init__(layers=stock.layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
-        self.latent_options = {"bits": latent_bits or 0, "recent": recent_window}
+        first = sink_tokens if latent_bits else 0
+        self.latent_options = {"bits": latent_bits or 0, "recent": recent_window, "first": first}
 
     @classmethod
     def from_model(cls, model: Any, **options: Any) -> ReCalKVCache:
@@ -63,7 +66,7 @@ class ReCalKVCache(Cache):
 
         Args:
             model: with latent attention.
-            options: as for the class; ``latent_bits`` and ``recent_window`` are by default those of the model.
+            options: as for the class; without ``latent_bits``, how latents are kept is by default the model's choice.
 
         Raises:
             ValueError: the model has no latent attention, or an option is out of range.
@@ -72,7 +75,8 @@ class ReCalKVCache(Cache):
         layouts = {index: attention.latent_layout() for index, attention in attentions.items()}
         first = next(iter(layouts.values()))
         if "latent_bits" not in options:
-            options = {"latent_bits": first.bits or None, "recent_window": first.recent, **options}
+            own = {"latent_bits": first.bits or None, "recent_window": first.recent}
+            options = own | ({"sink_tokens": first.first} if first.bits else {}) | options
         cache = cls(model.config, **options)
         for index, layout in layouts.items():
             claim(cache, index, layout)
@@ -127,10 +131,10 @@ def cache_bytes(cache: Cache) -> dict[str, int]:
         cache: any, also one that ``generate`` made, and one that holds dense keys and values.
 
     Returns:
-        Bytes of "latents" or "codes" (scales and zero points are part of the codes), "recent", "positions", "dense"
-        (layers that no latent attention has used) and their "total".
+        Bytes of "latents" or "codes" (scales and zero points are part of the codes), "first" and "recent" tokens kept
+        in full, "positions", "dense" (layers that no latent attention has used) and their "total".
     """
-    counts = dict.fromkeys(("latents", "codes", "recent", "positions", "dense"), 0)
+    counts = dict.fromkeys(("latents", "codes", "first", "recent", "positions", "dense"), 0)
     seen: set[tuple[torch.device, int]] = set()
     for layer in cache.layers:
         held = layer.held() if isinstance(layer, LatentLayer) else {"dense": _dense(layer)}

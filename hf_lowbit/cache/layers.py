@@ -8,7 +8,7 @@ transformers' own. Two things ride along:
   Keys are cached before rotation, and a slot's number does not tell its position: padding on the left shifts rows,
   masks may have holes, and callers may pass positions of their own.
 * with codes (8, 4 or 3 bits), rows of bytes take the place of the latents, see :mod:`hf_lowbit.kernels.latent_codec`;
-  the latest tokens may be kept in full beside them.
+  the first tokens are, and the latest ones may be, kept in full beside them.
 
 ``generate`` makes its own ``DynamicCache`` or ``StaticCache``. A layer of it is replaced by its latent twin when an
 attention module first uses it (:mod:`hf_lowbit.cache.adoption`), so no call has to change.
@@ -30,6 +30,10 @@ from transformers.cache_utils import (
 
 from hf_lowbit.kernels.latent_codec import WORDS, decode_rows, encode_rows
 
+# Most heads give most of their attention to the first tokens, whatever these say: a key rounded there is felt by all
+# later tokens. Kept in full they cost nothing per further token.
+SINK_TOKENS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -43,6 +47,7 @@ class Layout:
         rotary: whether positions are kept.
         bits: of a code, 8, 4 or 3; 0 keeps latents as they are.
         recent: how many of the latest tokens are kept in full beside their codes.
+        first: how many of the first tokens are, which most of the attention of later ones goes to (its "sinks").
     """
 
     name: str
@@ -52,9 +57,10 @@ class Layout:
     rotary: bool
     bits: int = 0
     recent: int = 0
+    first: int = 0
 
 
-def check_codes(bits: int | None, recent: int) -> None:
+def check_codes(bits: int | None, recent: int, first: int) -> None:
     """Check options of latents in codes.
 
     Raises:
@@ -64,6 +70,8 @@ def check_codes(bits: int | None, recent: int) -> None:
         raise ValueError(f"latent_bits must be None or one of {', '.join(map(str, sorted(WORDS)))}, got {bits!r}")
     if type(recent) is not int or recent < 0:
         raise ValueError(f"recent_window must be an integer from 0, got {recent!r}")
+    if type(first) is not int or first < 0:
+        raise ValueError(f"sink_tokens must be an integer from 0, got {first!r}")
     if recent and bits is None:
         raise ValueError(f"recent_window={recent} needs latent_bits: without codes every token is kept in full")
 
@@ -82,12 +90,13 @@ class LatentLayer:
     visible_positions: Any
     _places: Any
     _recent: tuple[Tensor, Tensor] | None
+    _first: tuple[Tensor, Tensor] | None
     latent_dtype: torch.dtype | None
 
     def start(self, layout: Layout, places: Any) -> None:
         """Say what will be stored; ``places`` is an empty stock layer of the same kind."""
         self.layout, self._places = layout, places if layout.rotary else None
-        self.visible_positions = self._recent = self.latent_dtype = None
+        self.visible_positions = self._recent = self._first = self.latent_dtype = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store latents of new tokens.
@@ -114,6 +123,8 @@ class LatentLayer:
         layout = self.layout
         if not layout.bits:
             return self._store(key_states, value_states)
+        if layout.first:
+            self._remember_first(key_states, value_states)
         if layout.recent:
             self._remember(key_states, value_states)
         return self._store(
@@ -152,6 +163,16 @@ class LatentLayer:
                 f"rotated when they are read, got {shape}"
             )
 
+    def _remember_first(self, keys: Tensor, values: Tensor) -> None:
+        """Keep new tokens that are among the first; called before they are stored."""
+        own: Any = self
+        have = 0 if self._first is None else self._first[0].shape[2]
+        if own.get_seq_length() == have < self.layout.first:
+            fresh = [states[:, :, : self.layout.first - have].clone() for states in (keys, values)]
+            if self._first is not None:
+                fresh = [torch.cat(pair, dim=2) for pair in zip(self._first, fresh, strict=True)]
+            self._first = fresh[0], fresh[1]
+
     def _remember(self, keys: Tensor, values: Tensor) -> None:
         fresh = keys, values
         if self._recent is not None:
@@ -174,6 +195,12 @@ class LatentLayer:
             return None
         return self._recent[0][:, :, -visible:], self._recent[1][:, :, -visible:]
 
+    def first(self, older: int) -> tuple[Tensor, Tensor] | None:
+        """Return what is kept in full of the first tokens, at most of ``older`` ones; None if nothing is."""
+        if self._first is None or not older:
+            return None
+        return self._first[0][:, :, :older], self._first[1][:, :, :older]
+
     def latents(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return what :meth:`update` returned as latents: (batch, 1, tokens, width) each."""
         layout = self.layout
@@ -181,17 +208,21 @@ class LatentLayer:
             return keys, values
         keys = decode_rows(keys, layout.key_ranks, layout.bits, self.latent_dtype)
         values = decode_rows(values, layout.value_ranks, layout.bits, self.latent_dtype)
-        recent = self.recent(keys.shape[2])
+        recent, first = self.recent(keys.shape[2]), self.first(keys.shape[2])
+        if first is not None:
+            keys = torch.cat([first[0], keys[:, :, first[0].shape[2] :]], dim=2)
+            values = torch.cat([first[1], values[:, :, first[1].shape[2] :]], dim=2)
         if recent is not None:
             keys = torch.cat([keys[:, :, : -recent[0].shape[2]], recent[0]], dim=2)
             values = torch.cat([values[:, :, : -recent[1].shape[2]], recent[1]], dim=2)
         return keys, values
 
     def held(self) -> dict[str, list[Tensor]]:
-        """Return every tensor of the layer by what it is: "latents" or "codes", "recent", "positions"."""
+        """Return every tensor of the layer by what it is: "latents" or "codes", "first", "recent", "positions"."""
         kind = "codes" if self.layout.bits else "latents"
         own: Any = self
         found = {kind: [own.keys, own.values] if own.is_initialized else []}
+        found["first"] = [] if self._first is None else list(self._first)
         found["recent"] = [] if self._recent is None else list(self._recent)
         places = self._places
         found["positions"] = [places.keys] if places is not None and places.is_initialized else []
@@ -216,18 +247,24 @@ class LatentLayer:
             self._places.reset()
         self.visible_positions = self._recent = None
         if isinstance(self, DynamicLayer):
-            self.latent_dtype = None
+            self.latent_dtype = self._first = None
+        elif self._first is not None:
+            for states in self._first:
+                states.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows of the batch, with repetition; beam search does."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         if self._places is not None:
             self._places.reorder_cache(beam_idx)
-        self._select_recent(lambda states: states.index_select(0, beam_idx.to(states.device)))
+        self._select_full(lambda states: states.index_select(0, beam_idx.to(states.device)))
 
-    def _select_recent(self, select: Any) -> None:
+    def _select_full(self, select: Any) -> None:
+        """Select rows of the batch of what is kept in full."""
         if self._recent is not None:
             self._recent = select(self._recent[0]), select(self._recent[1])
+        if self._first is not None:
+            self._first = select(self._first[0]), select(self._first[1])
 
 
 class _Growing(LatentLayer):
@@ -237,8 +274,8 @@ class _Growing(LatentLayer):
         """Fill the empty layer with what was saved of another one.
 
         Args:
-            parts: checked before: "keys", "values", and where they are kept "positions", "recent_keys" and
-                "recent_values".
+            parts: checked before: "keys", "values", and where they are kept "positions", "recent_keys",
+                "recent_values", "first_keys" and "first_values".
             length: tokens that the other layer had seen.
             dtype: of its latents.
         """
@@ -256,6 +293,8 @@ class _Growing(LatentLayer):
                 layer.cumulative_length = length
         if "recent_keys" in parts:
             self._recent = parts["recent_keys"], parts["recent_values"]
+        if "first_keys" in parts:
+            self._first = parts["first_keys"], parts["first_values"]
         self.latent_dtype = dtype
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -272,8 +311,12 @@ class _Growing(LatentLayer):
         if self._places is not None:
             self._places.record_past = getattr(self, "record_past", False)
             self._places.crop(tokens_to_remove)
-        if tokens_to_remove:
-            self._select_recent(lambda states: states[:, :, :tokens_to_remove])
+        if tokens_to_remove and self._recent is not None:
+            self._recent = self._recent[0][:, :, :tokens_to_remove], self._recent[1][:, :, :tokens_to_remove]
+        if self._first is not None:
+            own: Any = self
+            left = int(own.get_seq_length())
+            self._first = (self._first[0][:, :, :left], self._first[1][:, :, :left]) if left else None
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise what :meth:`crop` would, and change nothing."""
@@ -289,14 +332,14 @@ class _Growing(LatentLayer):
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         if self._places is not None:
             self._places.batch_repeat_interleave(repeats)
-        self._select_recent(lambda states: states.repeat_interleave(repeats, dim=0))
+        self._select_full(lambda states: states.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
         super().batch_select_indices(indices)  # type: ignore[misc]
         if self._places is not None:
             self._places.batch_select_indices(indices)
-        self._select_recent(lambda states: states[indices])
+        self._select_full(lambda states: states[indices])
 
 
 class LatentDynamicLayer(_Growing, DynamicLayer):
@@ -308,6 +351,10 @@ class LatentSlidingLayer(_Growing, DynamicSlidingWindowLayer):
 
     keys: Any
     values: Any
+
+    def start(self, layout: Layout, places: Any) -> None:
+        """Say what will be stored; the first tokens leave the window like all others, and are not kept."""
+        super().start(dataclasses.replace(layout, first=0), places)
 
     def _store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         stored = super()._store(keys, values)
@@ -369,6 +416,22 @@ class FixedLayer(LatentLayer):
 class LatentStaticLayer(FixedLayer, StaticLayer):
     """Memory for a fixed number of tokens, so that decoding can be compiled."""
 
+    def _remember_first(self, keys: Tensor, values: Tensor) -> None:
+        count = min(self.layout.first, self.max_cache_len)
+        if self._first is None:
+            sizes = [(keys.shape[0], 1, count, states.shape[-1]) for states in (keys, values)]
+            self._first = keys.new_zeros(sizes[0]), values.new_zeros(sizes[1])
+        # The number of tokens is a tensor here: which of the new ones belongs to a place is computed, not asked.
+        wanted = torch.arange(count, device=keys.device) - self.cumulative_length.to(keys.device)
+        new = ((wanted >= 0) & (wanted < keys.shape[2]))[:, None]
+        source = wanted.clamp(0, keys.shape[2] - 1)
+        for held, states in zip(self._first, (keys, values), strict=True):
+            held.copy_(torch.where(new, states.index_select(2, source), held))
+
 
 class LatentStaticSlidingLayer(FixedLayer, StaticSlidingWindowLayer):
     """The same for the latest tokens of a sliding window."""
+
+    def start(self, layout: Layout, places: Any) -> None:
+        """Say what will be stored; the first tokens leave the window like all others, and are not kept."""
+        super().start(dataclasses.replace(layout, first=0), places)

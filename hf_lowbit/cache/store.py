@@ -1,8 +1,8 @@
 """The cache of a prefix in a file: a long prompt is read once, and its latents serve later runs.
 
 One safetensors file holds, for layer ``i``, ``layers.i.keys``, ``layers.i.values``, ``layers.i.positions`` (with
-rotary embeddings) and ``layers.i.recent_keys``, ``layers.i.recent_values`` (latents that are kept in full beside their
-codes). Its metadata say what the tensors are, for which model, and carry a checksum of them.
+rotary embeddings), and ``first_keys``, ``first_values``, ``recent_keys``, ``recent_values`` (latents that are kept in
+full beside their codes). Its metadata say what the tensors are, for which model, and carry a checksum of them.
 
 Nothing in a file is believed: its names, shapes and dtypes must be those that the model's own projections call for,
 the checksum must fit, and the model must be the one that filled the cache, told by a hash of all its projections of
@@ -51,6 +51,7 @@ class _Header:
     dtype: str
     bits: int
     recent: int
+    first: int
     layers: int
 
 
@@ -112,6 +113,7 @@ def save_cache(cache: Cache, model: nn.Module, path: str | Path) -> None:
         dtype=dtype,
         bits=first.layout.bits,
         recent=first.layout.recent,
+        first=max(layer.layout.first for layer in layers),
         layers=len(layers),
     )
     problems = _problems(tensors, _expected(layers, header, tensors))
@@ -149,7 +151,9 @@ def load_cache(model: Any, path: str | Path) -> ReCalKVCache:
         )
     if model.dtype != _DTYPES[header.dtype]:
         raise ValueError(f"{path}: this cache holds {header.dtype} latents, the model computes in {model.dtype}")
-    cache = ReCalKVCache.from_model(model, latent_bits=header.bits or None, recent_window=header.recent)
+    cache = ReCalKVCache.from_model(
+        model, latent_bits=header.bits or None, recent_window=header.recent, sink_tokens=header.first
+    )
     layers: list[Any] = list(cache.layers)
     if len(layers) != header.layers:
         raise CheckpointError(f"{path}: the cache has {header.layers} layers, the model {len(layers)}")
@@ -176,6 +180,9 @@ def _tensors(layer: Any) -> dict[str, Tensor]:
     recent = layer.recent(stored)
     if recent is not None:
         parts["recent_keys"], parts["recent_values"] = recent
+    early = layer.first(stored)
+    if early is not None:
+        parts["first_keys"], parts["first_values"] = early
     return {name: part.contiguous().clone() for name, part in parts.items()}
 
 
@@ -202,6 +209,8 @@ def _forms(layer: Any, header: _Header, kept: Tensor | None) -> _Forms:
         forms[name] = (header.batch, 1, stored, width), torch.uint8 if layout.bits else dtype
         if recent:
             forms[f"recent_{name}"] = (header.batch, 1, recent, sum(ranks)), dtype
+        if layout.first:
+            forms[f"first_{name}"] = (header.batch, 1, min(stored, layout.first), sum(ranks)), dtype
     if layout.rotary:
         forms["positions"] = (header.batch, stored), torch.int32
     return forms
@@ -227,7 +236,7 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             header = _read_header(path, (file.metadata() or {}).get(_KEY))
-            if len(file.keys()) > 5 * header.layers:
+            if len(file.keys()) > 7 * header.layers:
                 raise CheckpointError(f"{path}: {len(file.keys())} tensors are too many for {header.layers} layers")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
@@ -257,6 +266,7 @@ def _read_header(path: Path, text: str | None) -> _Header:
         "length": 1 <= header.length < 2**31,
         "layers": 1 <= header.layers <= 2**16,
         "recent": 0 <= header.recent < 2**31,
+        "first": 0 <= header.first < 2**31,
         "bits": header.bits == 0 or header.bits in WORDS,
         "dtype": header.dtype in _DTYPES,
     }

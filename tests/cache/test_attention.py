@@ -157,9 +157,9 @@ class TestDecoding:
         assert calls == [11, 11, 12, 12]
 
     def test_recent_tokens_are_a_part_of_their_own(self, latent, calls):
-        cache = ReCalKVCache.from_model(latent, latent_bits=4, recent_window=4)
+        cache = ReCalKVCache.from_model(latent, latent_bits=4, recent_window=4, sink_tokens=2)
         generated(latent, PROMPT, max_new_tokens=2, past_key_values=cache)
-        assert calls == [4, 7, 4, 7]
+        assert calls == [2, 5, 4, 2, 5, 4]  # the first, the codes, the latest; in two layers
 
     def test_eager_attention_and_attention_of_the_user_are_called(self, latent, calls):
         latent.set_attn_implementation("eager")
@@ -193,12 +193,12 @@ class TestDecoding:
         assert not attention._can_decode(one, growing, None)
 
     @pytest.mark.parametrize("bits", [8, 4, 3])
-    @pytest.mark.parametrize("window", [0, 5])
+    @pytest.mark.parametrize(("first", "window"), [(0, 0), (3, 0), (0, 5), (3, 5), (9, 9)])
     @pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
     @torch.no_grad()
-    def test_the_op_and_the_rebuilt_keys_agree_on_codes(self, family, bits, window):
+    def test_the_op_and_the_rebuilt_keys_agree_on_codes(self, family, bits, first, window):
         """One module alone: in the next, a difference in the last digit may be just what turns a code."""
-        latent = compress(dense_model(family), rotated=True, latent_bits=bits, recent_window=window)
+        latent = compress(dense_model(family), rotated=True, latent_bits=bits, recent_window=window, sink_tokens=first)
         cache = latent(PROMPT).past_key_values
         place = torch.full((2, 1), 10)
         inputs, rotary = torch.randn(2, 1, 64), getattr(latent.model, "rotary_emb", None)
@@ -219,7 +219,7 @@ class TestCodes:
         with torch.no_grad():
             right = FEATURES["prefill_and_single_steps"](latent, PROMPT)[1]
             for bits in (8, 4, 3):
-                coded = compress(dense_model(family), rotated=True, latent_bits=bits)
+                coded = compress(dense_model(family), rotated=True, latent_bits=bits, sink_tokens=0)
                 found = FEATURES["prefill_and_single_steps"](coded, PROMPT)[1]
                 errors.append(sum(float((a - b).square().mean()) for a, b in zip(found, right, strict=True)))
         assert 0 < errors[0] < errors[1] / 20

@@ -6,7 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
-from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
 from hf_lowbit.cache import ReCalKVCache, cache_bytes
 from hf_lowbit.cache.adoption import claim, new_layer
@@ -143,6 +149,37 @@ class TestCodes:
         layer.reset()
         assert layer.recent(5) is None
 
+    @pytest.mark.parametrize("step", [1, 2, 7])
+    @pytest.mark.parametrize("kind", ["growing", "static"])
+    def test_the_first_tokens_are_kept_in_full(self, kind, step):
+        stock = DynamicLayer() if kind == "growing" else StaticLayer(max_cache_len=12)
+        layer = new_layer(stock, layout(bits=3, first=3))
+        keys, values = torch.randn(2, 1, 7, 12), torch.randn(2, 1, 7, 6)
+        for _ in range(2):
+            for places in torch.arange(7).split(step):
+                stored = layer.update(keys[:, :, places], values[:, :, places], position_ids=places[None])
+            found = layer.latents(*stored)
+            for right, ours in zip((keys, values), found, strict=True):
+                assert torch.equal(ours[:, :, :3], right[:, :, :3])
+                assert not torch.isclose(ours[:, :, 3:7], right[:, :, 3:], atol=1e-4).all()
+            layer.reset()
+
+    def test_first_tokens_that_are_taken_back(self):
+        layer = new_layer(DynamicLayer(), layout(bits=3, first=4))
+        keys, values = torch.randn(2, 1, 9, 12), torch.randn(2, 1, 9, 6)
+        for start, stop in ((0, 5), (2, 9)):
+            places = torch.arange(start, stop)
+            stored = layer.update(keys[:, :, start:stop], values[:, :, start:stop], position_ids=places[None])
+            if start == 0:
+                layer.crop(-3)
+        assert torch.equal(layer.latents(*stored)[0][:, :, :4], keys[:, :, :4])
+        layer.reorder_cache(torch.tensor([1, 1]))
+        layer.batch_repeat_interleave(2)
+        layer.batch_select_indices(torch.tensor([3]))
+        assert torch.equal(layer.first(9)[1][0], values[1, :, :4])
+        layer.crop(-9)
+        assert layer.first(9) is None
+
     def test_a_window_never_keeps_more_in_full_than_it_has(self):
         layer = new_layer(DynamicSlidingWindowLayer(sliding_window=4), layout(bits=4, recent=10))
         for place in range(9):
@@ -166,7 +203,7 @@ class TestBytes:
 
     def generated(self, family="llama", ranks=8, **options):
         latent = compress(dense_model(family), ranks=ranks)
-        cache = ReCalKVCache.from_model(latent, **options)
+        cache = ReCalKVCache.from_model(latent, **{"sink_tokens": 0, **options})
         latent.generate(tokens(3, 10), max_new_tokens=7, do_sample=False, eos_token_id=None, past_key_values=cache)
         return cache
 
@@ -182,6 +219,14 @@ class TestBytes:
         found = cache_bytes(self.generated(latent_bits=bits))
         assert found["codes"] == 2 * 3 * 16 * 2 * (bits + 4)  # 8 numbers of so many bits, and scale and zero point
         assert found["latents"] == found["recent"] == 0
+
+    @pytest.mark.parametrize("options", [{}, {"max_cache_len": 50}], ids=["growing", "static"])
+    def test_first_tokens(self, options):
+        found = cache_bytes(self.generated(latent_bits=4, sink_tokens=4, **options))
+        assert found["first"] == 2 * 3 * 4 * (8 + 8) * 4
+
+    def test_first_tokens_in_a_window(self):
+        assert cache_bytes(self.generated("mistral", latent_bits=4, sink_tokens=4))["first"] == 0
 
     def test_recent_tokens(self):
         found = cache_bytes(self.generated(latent_bits=4, recent_window=5))
@@ -200,7 +245,9 @@ class TestBytes:
         assert cache_bytes(self.generated("opt"))["positions"] == 0
 
     @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
-    @pytest.mark.parametrize("options", [{}, {"latent_bits": 3, "recent_window": 4}, {"max_cache_len": 30}])
+    @pytest.mark.parametrize(
+        "options", [{}, {"latent_bits": 3, "recent_window": 4, "sink_tokens": 2}, {"max_cache_len": 30}]
+    )
     def test_nothing_is_left_out(self, family, options):
         """Every tensor that can be reached from the cache, found by walking through its objects."""
         cache = self.generated(family, **options)
@@ -365,6 +412,7 @@ class TestRefusals:
         [
             ({"latent_bits": 5}, "latent_bits must be None or one of 3, 4, 8, got 5"),
             ({"latent_bits": 4, "recent_window": -1}, "recent_window must be an integer from 0, got -1"),
+            ({"latent_bits": 4, "sink_tokens": -1}, "sink_tokens must be an integer from 0, got -1"),
             ({"recent_window": 4}, "recent_window=4 needs latent_bits"),
             ({"max_cache_len": 0}, "max_cache_len must be None or an integer from 1, got 0"),
             ({"latent_bits": 4, "recent_window": 4, "max_cache_len": 9}, "needs a growing cache"),

@@ -17,7 +17,8 @@ from tests.tiny import tokens
 PROMPT = tokens(2, 11)
 OPTIONS = {
     "latents": {},
-    "codes": {"latent_bits": 4},
+    "codes": {"latent_bits": 4, "sink_tokens": 0},
+    "first": {"latent_bits": 4, "sink_tokens": 3},
     "recent": {"latent_bits": 3, "recent_window": 4},
 }
 
@@ -192,12 +193,13 @@ class TestLoading:
             ({"dtype": "float8"}, "out of range in its metadata: dtype 'float8'"),
             ({"recent": 3}, "out of range in its metadata: recent"),
             ({"recent": -3}, "out of range in its metadata: recent -3"),
-            ({"layers": 1}, "6 tensors are too many for 1 layers"),
+            ({"layers": 1}, "has 1 layers, the model 2"),
             ({"layers": 3}, "has 3 layers, the model 2"),
             (
                 {"batch": 3},
                 r"layers.0.keys is torch.float32 \(2, 1, 10, 16\), expected torch.float32 \(3, 1, 10, 16\)",
             ),
+            ({"first": -1}, "out of range in its metadata: first -1"),
             ({"length": 9}, r"expected torch.float32 \(2, 1, 9, 16\)"),
             ({"bits": 4}, r"expected torch.uint8 \(2, 1, 10, 12\)"),
             ({"checksum": "0" * 64}, "do not fit their checksum"),
