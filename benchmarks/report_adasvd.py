@@ -185,22 +185,7 @@ def decode() -> str:
     )
 
 
-def adapter() -> str:
-    """Return one sentence on adapters that hold what was left out."""
-    result = _part("adapter")
-    if result is None:
-        return NOT_YET
-    found, left = result["perplexity"], result["left"]
-    return (
-        f"At 0.4 a LoRA of rank {result['rank']} that starts at what was left out ({result['numbers']:.1%} as many "
-        f"numbers as the layers had) takes perplexity from {found['without']:.1f} to {found['outputs']:.1f} before "
-        f"any training if it keeps outputs ({left['outputs']:.0%} of what they had lost stays lost), and to "
-        f"{found['weights']:.1f} if it keeps weights ({left['weights']:.0%})."
-    )
-
-
 TABLES = {
-    "adasvd-adapter": adapter,
     "adasvd-perplexity": perplexities,
     "adasvd-budget": budget,
     "adasvd-held": held,

@@ -3,7 +3,6 @@
     python -m benchmarks.quality.adasvd --part layers products decode   # some minutes on one core
     python -m benchmarks.quality.adasvd --part quick                    # perplexity, layers fitted to the dense model
     python -m benchmarks.quality.adasvd --part sequential               # perplexity of real runs, some minutes each
-    python -m benchmarks.quality.adasvd --part adapter                  # perplexity with what was left out as a LoRA
     python -m benchmarks.report                                         # renders the tables from the result files
 
 Text is Python's language manual, for calibration and, other parts of it, for measuring: what the known figures were
@@ -17,14 +16,11 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from tqdm import tqdm
@@ -37,7 +33,6 @@ from benchmarks.quality.pbs2p import dense_statistics, manual
 from hf_lowbit import AdaSVDConfig, ARBConfig, PackedLinear, RunOptions, packed_modules, registry
 from hf_lowbit.calibration import capture
 from hf_lowbit.formats import LowRankFormat
-from hf_lowbit.hf.adapter import dense_weights, save_remainder
 from hf_lowbit.methods.adasvd.options import rank_of, stays_dense
 from hf_lowbit.numerics import low_rank
 from hf_lowbit.report.bench import timed_in_turn
@@ -280,34 +275,11 @@ def decode(tokens: int = 24, turns: int = 5) -> dict[str, Any]:
     return {"seconds_per_token": medians, "times_dense": {name: medians["dense"] / s for name, s in medians.items()}}
 
 
-def adapter(rank: int = 16) -> dict[str, Any]:
-    """Return perplexity of a model at 0.4 without and with an adapter of what was left out, of weights and outputs."""
-    calibration, heldout = manual(32)
-    model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.bfloat16)
-    hf_lowbit.quantize(
-        model, AdaSVDConfig(calibration=calibration, samples=32, ratio=0.4, run=RunOptions(progress=False))
-    )
-    found: dict[str, Any] = {"rank": rank, "perplexity": {"without": perplexity(model, heldout, 4)}}
-    dense = dense_weights(assets.smollm2(), model.base_model_prefix)
-    with tempfile.TemporaryDirectory() as folder:
-        for kind, tokens in (("weights", None), ("outputs", calibration)):
-            left = save_remainder(model, dense, Path(folder) / kind, rank, tokens)
-            adapted = PeftModel.from_pretrained(model, str(Path(folder) / kind))
-            found["perplexity"][kind] = perplexity(adapted, heldout, 4)
-            found.setdefault("left", {})[kind] = statistics.mean(left.values())
-            numbers = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
-            found["numbers"] = numbers / sum(m.in_features * m.out_features for m in packed_modules(model).values())
-            model = adapted.unload()
-            print(kind, found["perplexity"], flush=True)
-    return found
-
-
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "layers": layers,
     "products": products,
     "decode": decode,
     "quick": quick,
-    "adapter": adapter,
 }
 
 

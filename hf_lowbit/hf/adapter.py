@@ -1,7 +1,9 @@
 """What compression has left out, as an adapter: a LoRA whose product is the best approximation of the remainder.
 
 A packed layer holds Ŵ in place of W. The adapter starts at the product of rank r that takes back most of ``W - Ŵ``, so
-training goes on from a better model than with the usual start at zero; or it is used as it is. The folder is one of
+training goes on from a better model than with the usual start at zero; or it is used as it is. A model whose weights
+make up for each other's errors (``dense_target`` above 0) is another matter: to take back a part of ``W - Ŵ`` undoes a
+part of that, and may lead away from the dense model; a warning says so. The folder is one of
 peft's (``adapter_config.json`` and ``adapter_model.safetensors``); peft is needed to load it, not to write it.
 
 Differs from AdaSVD (arXiv 2502.01403), where the truncated part is lost.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,7 +30,9 @@ from hf_lowbit.compress import CheckpointSource
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.layers import PackedConv1D, PackedLinear, packed_modules
 from hf_lowbit.numerics import low_rank
+from hf_lowbit.recipe import rules_of
 
+logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Second moments held at a time; layers beyond that wait for another pass over the calibration tokens.
 MOMENT_BYTES = 2**31
@@ -84,6 +89,12 @@ def save_remainder(
     missing = [name for name in layers if dense.locate(f"{name}.weight") is None]
     if missing:
         raise CheckpointError(f"the dense checkpoint lacks {len(missing)} packed layers: {', '.join(missing[:10])}")
+    stored = getattr(model.config, "quantization_config", None)
+    if stored is not None and any("cross" in rule.streams for _, rule in rules_of(stored)):
+        logger.warning(
+            "the packed weights make up for each other's errors, which an adapter of the remainder undoes in part; "
+            "compress with dense_target=0 for an adapter that brings the model nearer to the dense one"
+        )
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     left: dict[str, float] = {}

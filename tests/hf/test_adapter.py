@@ -1,5 +1,6 @@
 """What compression has left out, as an adapter of peft: it loads, and the model comes nearer to the dense one."""
 
+import copy
 import json
 
 import pytest
@@ -15,7 +16,9 @@ from tests.hf.test_transformers import logits
 from tests.tiny import tiny_model, tokens
 
 CONFIGS = {
-    "low rank": AdaSVDConfig(ratio=0.4, calibration=tokens(8), samples=8, run=RunOptions(progress=False)),
+    "low rank": AdaSVDConfig(
+        ratio=0.4, calibration=tokens(8), samples=8, dense_target=0.0, run=RunOptions(progress=False)
+    ),
     "signs": ARBConfig(variant="rtn", calibration=None, run=RunOptions(progress=False)),
 }
 
@@ -64,6 +67,16 @@ def test_an_adapter_of_full_rank_gives_the_dense_model_back(folders, tmp_path):
     restored = PeftModel.from_pretrained(model, tmp_path / "full")
     reference = logits(AutoModelForCausalLM.from_pretrained(folders / "dense"))
     assert torch.allclose(logits(restored), reference, atol=1e-3)
+
+
+def test_weights_that_make_up_for_each_other_are_warned_of(folders, tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(folders / "dense")
+    run = RunOptions(progress=False)
+    for target in (0.0, 0.5):
+        packed = copy.deepcopy(model)
+        hf_lowbit.quantize(packed, AdaSVDConfig(calibration=tokens(8), samples=8, dense_target=target, run=run))
+        save_remainder(packed, dense_weights(folders / "dense", "model"), tmp_path / str(target), 4)
+        assert ("make up for each other's errors" in caplog.text) == bool(target)
 
 
 def test_moments_may_be_gathered_in_portions(folders, tmp_path, monkeypatch):
