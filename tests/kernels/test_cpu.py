@@ -282,6 +282,7 @@ def test_prepared_form_follows_the_weight():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # compiling with the sanitizers takes minutes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the sanitizers need a compiler")
 def test_library_under_the_sanitizers(tmp_path):
     """Random weights in buffers of exact size; AddressSanitizer and UBSan end the program at the first slip."""
