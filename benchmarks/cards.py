@@ -13,7 +13,8 @@ from typing import Any
 
 from benchmarks.common import ROOT, read_results
 from hf_lowbit import AdaSVDConfig, ARBConfig, CalibrationRecord, LowBitConfig, PBS2PConfig, ReCalKVConfig
-from hf_lowbit.hf.card import CardFields, Facts, ModelFacts, Scores, calibration_text, render
+from hf_lowbit.hf.card import CardFields, Facts, ModelFacts, Scores, calibration_text
+from hf_lowbit.hf.card_page import render
 
 FIELDS = CardFields("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0", ("en",), pipeline_tag="text-generation")
 DENSE = "SmolLM2-135M-Instruct"

@@ -1,11 +1,8 @@
-"""Model cards: what is true of a compressed model, from its headers and the records of its run, as a page.
+"""What is true of a compressed model, for its card: from the headers of its files and the records of its run.
 
 Figures are read, never given: sizes come from the headers of the weight files, errors and options from what the run
-stored, scores from a result of ``hf-lowbit eval --json`` that was measured on these very bytes. The page is made by
-templates in ``model_cards/`` beside this file: ``card.md.jinja``, and one for each method with its limits.
-
-Strings of others (base model, licence, names in configs) may not leave their place: fields are refused unless they
-look as such fields do, everything else is escaped for Markdown.
+stored, scores from a result of ``hf-lowbit eval --json`` that was measured on these very bytes. Fields that only a
+person can fill in (base model, licence, ...) are refused unless they look as such fields do.
 """
 
 from __future__ import annotations
@@ -13,15 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import yaml
-from huggingface_hub import EvalResult, ModelCardData
-
-from hf_lowbit import registry
 from hf_lowbit.config import CalibratedConfig, CalibrationRecord, LowBitConfig
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.hf.record import REPOSITORY, read_record
@@ -29,11 +21,9 @@ from hf_lowbit.recipe import rules_of
 from hf_lowbit.report.headers import parts
 from hf_lowbit.report.inspect import Inspection, inspect
 from hf_lowbit.report.latents import cache_json
-from hf_lowbit.report.tables import error_text, kinds_of, mean, size_text
+from hf_lowbit.report.tables import kinds_of, mean
 
-TAG = "hf_lowbit"
-TEMPLATES = Path(__file__).with_name("model_cards")
-_DATASETS = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext"}
+DATASETS = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext"}
 _PRIVATE = {
     "dataset": "a dataset",
     "text file": "a text file",
@@ -41,7 +31,6 @@ _PRIVATE = {
     "texts": "texts",
     "tokens": "token ids",
 }
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#!~])")
 _FIELDS = {
     "base_model": (REPOSITORY, "the name of a model on the Hub, such as org/model"),
     "license": (re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}"), "an identifier of the Hub, such as apache-2.0"),
@@ -212,7 +201,7 @@ def facts_of(
         models=tuple(model_facts(inspection, part) for part, inspection in found.items()),
         recipe=_recipe(found),
         calibration=tuple(dict.fromkeys(calibration_text(rule) for rule in rules)),
-        datasets=tuple(dict.fromkeys(_DATASETS[name] for name in names if name in _DATASETS)),
+        datasets=tuple(dict.fromkeys(DATASETS[name] for name in names if name in DATASETS)),
         run=record,
         scores=None if results is None else read_scores(results, found),
     )
@@ -319,129 +308,3 @@ def read_scores(results: Mapping[str, Any], models: Mapping[str, Inspection]) ->
             f"{', '.join(f'{size:,}' for size in sorted(sizes))}; measure it with `hf-lowbit eval`"
         )
     return scores
-
-
-# Page ----------------------------------------------------------------------------------------------------------------
-
-
-def escaped(value: Any) -> str:
-    """Return a string of somebody else as Markdown that shows it and does nothing more."""
-    text = "".join(c if c.isprintable() else "�" for c in str(value))
-    return _MARKDOWN.sub(r"\\\1", text.replace("&", "&amp;"))
-
-
-def metadata(facts: Facts) -> ModelCardData:
-    """Return the front matter of a card."""
-    methods = registry.methods()
-    results = None
-    if facts.scores is not None:
-        own, *dense = facts.scores.rows
-        data = _DATASETS.get(facts.scores.data)
-        beside = f" (dense model: {dense[0][1]:.2f})" if dense else ""
-        results = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=data or "text",
-                dataset_name=f"{escaped(facts.scores.data)}, {facts.scores.samples} × {facts.scores.sequence_length}",
-                metric_type="perplexity",
-                metric_name=f"perplexity{beside}",
-                metric_value=round(own[1], 4),
-            )
-        ]
-    papers = [f"arxiv:{methods[name].paper}" for name in facts.methods if name in methods]
-    tags = dict.fromkeys([TAG, "quantized", *facts.methods, *papers, *facts.fields.tags])
-    optional: dict[str, Any] = {"datasets": list(facts.datasets), "language": list(facts.fields.language)}
-    return ModelCardData(
-        base_model=facts.fields.base_model,
-        base_model_relation="quantized",
-        library_name=facts.library,
-        license=facts.fields.license,
-        pipeline_tag=facts.fields.pipeline_tag,
-        tags=list(tags),
-        model_name=facts.repo.rpartition("/")[2],
-        eval_results=results,
-        **{key: value for key, value in optional.items() if value},
-    )
-
-
-def render(facts: Facts) -> str:
-    """Return a card: front matter and page.
-
-    Raises:
-        ValueError: a method is not registered, or the page is not a sound card; see :func:`check_card`.
-    """
-    known = registry.methods()
-    if unknown := [name for name in facts.methods if name not in known]:
-        raise ValueError(f"no such method: {', '.join(map(ascii, unknown))}")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=False,  # noqa: S701  the page is Markdown; `finalize` escapes for that
-        undefined=jinja2.StrictUndefined,
-        finalize=lambda value: value if isinstance(value, (int, _Sound)) else escaped(value),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "sound": _Sound,
-        "size": lambda size: _Sound(f"{size_text(size)} ({size:,} bytes)"),
-        "error": lambda error: _Sound(error_text(error)),
-        "number": lambda value, digits=2: _Sound(f"{value:,.{digits}f}"),
-    }
-    page = environment.get_template("card.md.jinja").render(
-        facts=facts,
-        fields=facts.fields,
-        methods=[known[name] for name in facts.methods],
-        recipe=_Sound(json.dumps(facts.recipe, indent=2, ensure_ascii=True).replace("`", "\\u0060")),
-    )
-    text = f"---\n{metadata(facts).to_yaml()}\n---\n\n{page}"
-    check_card(text)
-    return text
-
-
-class _Sound(str):
-    """Text that is put on a page as it is: made here, or checked."""
-
-
-def check_card(text: str) -> dict[str, Any]:
-    """Check a card as the Hub would, without asking it, and for what a compressed model must say.
-
-    Args:
-        text: the card, also one that was written by hand.
-
-    Returns:
-        Its front matter.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
-    match = re.match(r"---\n(.*?)\n---\n(.*)", text, flags=re.DOTALL)
-    if match is None:
-        raise ValueError("the card must begin with a front matter between two lines of ---")
-    try:
-        content = yaml.safe_load(match[1])
-    except yaml.YAMLError as error:
-        raise ValueError("the front matter of the card is not valid YAML") from error
-    if not isinstance(content, dict):
-        raise ValueError("the front matter of the card must be a mapping")
-    base = content.get("base_model")
-    CardFields(  # refuses what cannot be shown
-        base if isinstance(base, str) else None,
-        content.get("license"),
-        tuple(_listed(content.get("language"))),
-        (),
-        content.get("pipeline_tag"),
-    )
-    tags = list(_listed(content.get("tags")))
-    problems = [f"{name} is missing" for name in ("base_model", "license", "library_name") if not content.get(name)]
-    problems += ["tags must be a list of words"] if not all(isinstance(tag, str) and tag for tag in tags) else []
-    problems += [] if TAG in tags else [f"tags must name {TAG}"]
-    problems += [] if content.get("base_model_relation") == "quantized" else ["base_model_relation must be quantized"]
-    problems += [] if "import hf_lowbit" in match[2] else ["the page must say `import hf_lowbit`"]
-    if problems:
-        raise ValueError(f"the card: {'; '.join(problems)}")
-    return content
-
-
-def _listed(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]

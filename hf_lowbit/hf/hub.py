@@ -22,10 +22,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import RevisionNotFoundError
 
 from hf_lowbit.errors import HubError
-from hf_lowbit.hf import card
-from hf_lowbit.hf.card import CardFields
+from hf_lowbit.hf.card import CardFields, facts_of
+from hf_lowbit.hf.card_page import check_card, render
 from hf_lowbit.hf.hub_errors import LOG_IN, is_missing, patiently, plain_errors
 from hf_lowbit.hf.preflight import CARD, Preflight, check_folder, secrets_in
+from hf_lowbit.hf.record import read_record
 
 logger = logging.getLogger(__name__)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9_][\w.-]{0,94}")
@@ -135,10 +136,10 @@ def push_folder(
     page = (
         text
         if text is not None
-        else card.render(card.facts_of(checked.folder, repo, fields or CardFields(), results, checked.models))
+        else render(facts_of(checked.folder, repo, fields or CardFields(), results, checked.models))
     )
     if text is not None:
-        card.check_card(page)
+        check_card(page)
     if found := list(secrets_in(page, "the card", token, checked.folder)):
         raise ValueError("; ".join(found))
     push = _Push(HfApi(token=token), repo, checked, page, revision, create_pr)
@@ -152,7 +153,7 @@ def _methods(checked: Preflight) -> list[str]:
 
 def _with_license(fields: CardFields, checked: Preflight, token: str) -> CardFields:
     """Complete the licence by that of the base model on the Hub, where it can be had."""
-    base = fields.base_model or card.read_record(checked.folder).get("base_model")
+    base = fields.base_model or read_record(checked.folder).get("base_model")
     if fields.license is not None or base is None:
         return fields
     try:
@@ -329,4 +330,4 @@ def render_card(path: str | Path, repo: str, fields: CardFields, results: Mappin
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():
         raise ValueError(f"{path}: there is no such folder")
-    return card.render(card.facts_of(folder, check_repo_id(repo), fields, results))
+    return render(facts_of(folder, check_repo_id(repo), fields, results))

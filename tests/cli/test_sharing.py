@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_lowbit.cli import app
+from tests.cli.test_cli import dense, packed, text  # noqa: F401  fixtures
 from tests.hf.conftest import hub, model_folder, own_folder, paths  # noqa: F401  fixtures
 
 NAME = "user/tiny-1bit"
@@ -59,10 +60,10 @@ def test_card_alone(model_folder, own_folder, tmp_path, hub):  # noqa: F811
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.stdout.startswith("---\nbase_model: org/model\n")
     assert "written to" in run(*words, "--out", tmp_path / "card.md")
-    text = (tmp_path / "card.md").read_text()
-    assert text == result.stdout
+    page = (tmp_path / "card.md").read_text()
+    assert page == result.stdout
     assert not hub.requests
-    (tmp_path / "card.md").write_text(text + "\nMy words.\n")
+    (tmp_path / "card.md").write_text(page + "\nMy words.\n")
     run("push", own_folder, NAME, "--card", tmp_path / "card.md")
     assert hub.files(NAME)["README.md"].decode().endswith("My words.\n")
     assert "--card is the whole card" in run(
@@ -99,3 +100,23 @@ def test_no_token_is_an_option():
     for name in ("push", "pull", "card"):
         assert "--token" not in run(name, "--help")
     assert "hf auth login" in run("push", "--help")
+
+
+def test_from_the_dense_model_to_a_card_with_scores(packed, dense, text, hub, tmp_path):  # noqa: F811
+    """The commands as the documents name them: quantize, eval into a file, push with it."""
+    words = ("eval", packed, "--against", dense, "--data", text, "--samples", 2, "--sequence-length", 16, "--json")
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    (tmp_path / "scores.json").write_text(result.stdout)
+    record = json.loads((packed / "compression_run.json").read_text())
+    assert record["base_model"] is None  # it was a folder, which is nobody's business
+    assert record["seconds"] > 0
+    fields = ("--base-model", "org/model", "--license", "mit")
+    run("push", packed, NAME, *fields, "--results", tmp_path / "scores.json")
+    page = hub.files(NAME)["README.md"].decode()
+    scores = json.loads(result.stdout)["models"]
+    for name, row in scores.items():
+        assert f"| {name} (" in page
+        assert f"| {row['perplexity']:,.2f} | " in page
+    assert 'AutoTokenizer.from_pretrained("user/tiny-1bit")' in page
+    assert "a text file, not published; up to 4 sequences of 16 tokens, seed 0; 64 tokens were used" in page

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from hf_lowbit import ARBConfig, LowBitRecipe, PBS2PConfig, quantize, registry
-from hf_lowbit.hf.card import TEMPLATES, CardFields, Facts, ModelFacts, Scores, check_card, escaped, facts_of, render
+from hf_lowbit.hf.card import CardFields, Facts, ModelFacts, Scores, facts_of
+from hf_lowbit.hf.card_page import TEMPLATES, check_card, escaped, render
 from hf_lowbit.hf.save import save_model
 from hf_lowbit.report.inspect import inspect
 from tests.hf.test_transformers import QUIET, quick

@@ -188,6 +188,8 @@ def test_inspect_fetches_headers_only(hub, tmp_path, paths):
     assert found.total_bytes == sum(map(len, hub.files("user/big").values())) + 25  # .gitattributes
     push_folder(paths / "packed", "user/pipeline", MIT)
     assert parts("user/pipeline") == ["text_encoder", "transformer"]
+    with pytest.raises(CheckpointError, match="none of the models of this pipeline is compressed"):
+        parts(paths / "dense")
     assert inspect("user/pipeline", "transformer").modules == inspect(paths / "packed", "transformer").modules
 
 
