@@ -47,7 +47,7 @@ class PushToHub:
         results: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
         **others: Any,
-    ) -> Pushed:
+    ) -> Any:
         """Publish the model with its card in one commit; another model in the repository is replaced.
 
         Args:
@@ -67,6 +67,10 @@ class PushToHub:
             tokenizer: pushed along, unless None.
             others: further arguments of the libraries; refused unless they ask for nothing.
 
+        Returns:
+            :class:`hf_lowbit.hf.hub.Pushed`. Of a model with an adapter inside, transformers pushes the adapter alone;
+            then what it returns.
+
         Raises:
             ValueError, CheckpointError, HubError: as :func:`hf_lowbit.hf.hub.push_folder`.
         """
@@ -75,6 +79,18 @@ class PushToHub:
         model = self._model()
         if model is None:
             raise ValueError("the model that this push_to_hub belongs to is gone")
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return type(model).push_to_hub(
+                model,
+                repo_id,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                tags=[*(tags or ())],
+            )
         asked = [name for name, value in others.items() if value not in (None, True if "safe" in name else False)]
         if asked:
             raise ValueError(

@@ -6,6 +6,7 @@ import json
 import logging
 
 import pytest
+from huggingface_hub import constants
 from huggingface_hub import logging as hub_logging
 from safetensors.torch import load_file, save_file
 
@@ -186,6 +187,12 @@ def test_a_commit_of_somebody_else_meanwhile(hub, model_folder, monkeypatch):
 def test_no_token(hub, model_folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     refused(hub, model_folder, "no token to push with; log in with `hf auth login`")
+    assert not hub.requests
+
+
+def test_a_client_that_is_switched_off(hub, model_folder, monkeypatch):
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    refused(hub, model_folder, "the Hub is switched off here")
     assert not hub.requests
 
 

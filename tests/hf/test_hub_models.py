@@ -14,6 +14,7 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from hf_lowbit import CheckpointError, HubError, quantize
@@ -135,6 +136,16 @@ def test_a_model_from_a_folder_keeps_the_record_of_its_run(hub, model_folder):
     loaded.push_to_hub("user/again", license="mit")
     assert hub.files("user/again")["compression_run.json"] == (model_folder / "compression_run.json").read_bytes()
     assert "base_model: org/model" in hub.files("user/again")["README.md"].decode()
+
+
+def test_of_a_model_with_an_adapter_the_adapter_is_pushed_as_ever(hub):
+    model = tiny_model(num_hidden_layers=1)
+    quantize(model, quick(calibration=None))
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    model.push_to_hub("user/adapter", private=True)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(hub.files("user/adapter"))
+    assert "model.safetensors" not in hub.files("user/adapter")
+    assert hub.repos["user/adapter"].private
 
 
 def test_push_to_hub_belongs_to_one_packed_model():
