@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_lowbit import CheckpointError, HubError
 from hf_lowbit.hf import hub as module
+from hf_lowbit.hf import preflight
 from hf_lowbit.hf.card import CardFields
 from hf_lowbit.hf.hub import push_folder
 from hf_lowbit.hf.hub_errors import scrubbed
@@ -333,6 +334,12 @@ def test_the_token_itself_and_the_folder_in_a_header(hub, own_folder):
     text = refused(hub, own_folder, "notes.txt holds an access token")
     assert "extra.safetensors names a place" in text
     assert "tokenizer.json" not in text
+
+
+def test_a_file_that_the_hub_would_not_take(hub, model_folder, monkeypatch):
+    monkeypatch.setattr(preflight, "LARGEST_FILE", 100_000)
+    refused(hub, model_folder, rf"{WEIGHTS} has 160.9 kB; save smaller shards \(--max-shard-size")
+    assert not hub.requests
 
 
 def test_hidden_files_stay_here(hub, own_folder):
