@@ -67,8 +67,10 @@ def perplexities() -> str:
     return table(["perplexity of SmolLM2-135M, cache kept", *RATIOS, "known: 0.5, 0.4, 0.3"], rows)
 
 
-def _both(row: dict[str, Any] | None) -> str:
-    return "–" if row is None else f"{number(row['perplexity'], 1)} ({number(row['perplexity_24'], 1)})"
+def _both(row: dict[str, Any] | None, digits: int = 1) -> str:
+    if row is None:
+        return "–"
+    return f"{number(row['perplexity'], digits)} ({number(row['perplexity_24'], digits)})"
 
 
 def summary() -> str:
@@ -109,9 +111,9 @@ def heads() -> str:
     if "dense" not in found:
         return NOT_YET
     ratios = sorted({key.rpartition(", ")[2] for key in found if ", " in key}, reverse=True)
-    rows = [["dense", *[_both(found["dense"])] * len(ratios)]]
+    rows = [["dense", *[_both(found["dense"], 3)] * len(ratios)]]
     for title in dict.fromkeys(key.rpartition(", ")[0] for key in found if ", " in key):
-        rows.append([title, *(_both(found.get(f"{title}, {ratio}")) for ratio in ratios)])
+        rows.append([title, *(_both(found.get(f"{title}, {ratio}"), 3) for ratio in ratios)])
     return table(["perplexity of the 8-head model, cache kept", *ratios], rows)
 
 
