@@ -6,6 +6,7 @@ one with the paper to cite. What is not known has no line. Strings of others are
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -95,9 +96,20 @@ def render(facts: Facts) -> str:
         methods=[known[name] for name in facts.methods],
         recipe=_Sound(json.dumps(facts.recipe, indent=2, ensure_ascii=True).replace("`", "\\u0060")),
     )
-    text = f"---\n{metadata(facts).to_yaml()}\n---\n\n{page}"
+    text = _marked(f"---\n{metadata(facts).to_yaml()}\n---\n\n{page}")
     check_card(text)
     return text
+
+
+def _marked(text: str) -> str:
+    """Return a rendered card with a last line by which it is known as long as nobody edits it."""
+    return f"{text}\n<!-- rendered by hf-lowbit {hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
+
+
+def is_rendered(text: str) -> bool:
+    """Return whether a card is as it was rendered, so that no words of anybody are lost with it."""
+    rest, mark, _ = text.rpartition("\n<!-- rendered by hf-lowbit ")
+    return bool(mark) and _marked(rest) == text
 
 
 class _Sound(str):

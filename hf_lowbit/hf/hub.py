@@ -23,7 +23,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from hf_lowbit.errors import HubError
 from hf_lowbit.hf.card import CardFields, facts_of
-from hf_lowbit.hf.card_page import check_card, render
+from hf_lowbit.hf.card_page import check_card, is_rendered, render
 from hf_lowbit.hf.hub_errors import LOG_IN, is_missing, patiently, plain_errors
 from hf_lowbit.hf.preflight import CARD, Preflight, check_folder, secrets_in
 from hf_lowbit.hf.record import read_record
@@ -132,17 +132,16 @@ def push_folder(
     if not token:
         raise HubError(f"{repo}: no token to push with; {LOG_IN}")
     checked = check_folder(path, token)
-    fields = _with_license(fields or CardFields(), checked, token) if text is None else fields
-    page = (
-        text
-        if text is not None
-        else render(facts_of(checked.folder, repo, fields or CardFields(), results, checked.models))
-    )
-    if text is not None:
-        check_card(page)
+    if text is None:
+        completed = _with_license(fields or CardFields(), checked, token)
+        page = render(facts_of(checked.folder, repo, completed, results, checked.models))
+    else:
+        check_card(text)
+        page = text
     if found := list(secrets_in(page, "the card", token, checked.folder)):
         raise ValueError("; ".join(found))
     push = _Push(HfApi(token=token), repo, checked, page, revision, create_pr)
+    push.own_card = text is not None
     line = message or f"Upload a model compressed with {', '.join(_methods(checked))}"
     return push.run(private, replace, line, description)
 
@@ -174,6 +173,7 @@ class _Push:
         self.api, self.repo, self.checked = api, repo, checked
         self.page = page.encode()
         self.revision, self.create_pr = revision, create_pr
+        self.own_card = False  # written by hand and given as a whole: it may take the place of any other
         self._hashes: dict[str, tuple[str, str]] = {}
 
     def run(self, private: bool | None, replace: bool, message: str, description: str | None) -> Pushed:
@@ -183,6 +183,11 @@ class _Push:
             if before is not None and private and not before.private:
                 raise HubError(f"{self.repo}: exists and is public; make it private on its page, or push elsewhere")
             other = self._other(before)
+            if other == [CARD] and not replace and not self.create_pr:
+                raise HubError(
+                    f"{self.repo}: its {CARD} was written or edited by hand; pass your version of it with --card, or "
+                    "let it be replaced with --replace"
+                )
             if other and not replace and not self.create_pr:
                 raise HubError(
                     f"{self.repo}: holds another model already ({', '.join(other[:4])}"
@@ -259,13 +264,13 @@ class _Push:
         if remote is None:
             return []
         changed = [name for name in self._differing(remote) if name in remote.hashes]
-        if CARD in changed and self._is_own_card(remote):
+        if CARD in changed and (self.own_card or self._is_rendered(remote)):
             changed.remove(CARD)
         return [*self._stale(remote), *changed]
 
-    def _is_own_card(self, remote: _Remote) -> bool:
+    def _is_rendered(self, remote: _Remote) -> bool:
         path = self.api.hf_hub_download(self.repo, CARD, revision=remote.commit)
-        return "import hf_lowbit" in Path(path).read_text(encoding="utf-8", errors="replace")
+        return is_rendered(Path(path).read_text(encoding="utf-8", errors="replace"))
 
     def _url(self) -> str:
         return f"{self.api.endpoint}/{self.repo}"

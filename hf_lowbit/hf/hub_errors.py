@@ -158,7 +158,9 @@ def patiently(ask: Callable[[], T], look: Callable[[], T | None] = lambda: None)
             status = status_of(error)
             if isinstance(error, RuntimeError) or (status is None and not _is_transport(error)):
                 raise  # a RuntimeError is of an upload, which the client has repeated itself
-            done = look()
+            done = None
+            with contextlib.suppress(Exception):  # where it cannot be seen either, asking again will tell
+                done = look()
             if done is not None:
                 return done
             if wait is None or (status is not None and status not in _PASSING):

@@ -242,7 +242,12 @@ def test_a_card_that_somebody_wrote_is_not_lost(hub, model_folder):
     repo = hub.repos[NAME]
     files = repo.commits[repo.branches["main"]]
     repo.commit("main", {**files, "README.md": (b"# My notes", False)})
-    refused(hub, model_folder, r"holds another model already \(README.md\)")
+    refused(hub, model_folder, r"its README.md was written or edited by hand; pass your version of it with --card")
+    push_folder(model_folder, NAME, MIT, replace=True)
+    assert_whole(hub, model_folder)
+    edited = hub.files(NAME)["README.md"].replace(b"## Limits", b"Mine.\n\n## Limits")
+    repo.commit("main", {**repo.commits[repo.branches["main"]], "README.md": (edited, False)})
+    refused(hub, model_folder, "edited by hand", fields=CardFields(license="mit", language=("en",)))
 
 
 def test_a_pull_request_leaves_the_main_branch_alone(hub, model_folder):
@@ -373,6 +378,7 @@ def test_a_card_of_ones_own(hub, model_folder):
     page = hub.files(NAME)["README.md"].decode() + "\n## My words\n"
     push_folder(model_folder, NAME, text=page)
     assert hub.files(NAME)["README.md"].decode() == page
+    refused(hub, model_folder, "edited by hand")  # words of a person are not lost to a later push
     for change, message in (
         (lambda text: text.replace("license: mit\n", ""), "license is missing"),
         (lambda text: text + "\nhf_" + "a" * 34, "the card holds an access token"),
