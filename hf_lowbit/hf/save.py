@@ -130,6 +130,7 @@ def save_model(
             (partial / REPORT_FILE).write_text(lines, encoding="utf-8")
         if record is not None:
             (partial / RUN_FILE).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
+        _count_weights(partial)
         for file in partial.glob("*.safetensors"):
             _order_header(file)
             # written readable for the owner only, unlike all the others
@@ -144,6 +145,21 @@ def save_model(
         if lock is not None:
             os.close(lock)
     return target
+
+
+def _count_weights(folder: Path) -> None:
+    """Put the number of parameters of the dense model into an index of shards: transformers counts packed elements."""
+    from hf_lowbit.report.headers import read_checkpoint  # here: it need not be there to load a model
+    from hf_lowbit.report.inspect import inspect_checkpoint
+
+    for index in folder.glob("*.safetensors.index.json"):
+        content = json.loads(index.read_text(encoding="utf-8"))
+        if "total_parameters" not in content.get("metadata", {}):  # of diffusers
+            continue
+        checkpoint = read_checkpoint(folder)
+        if checkpoint.is_compressed:
+            content["metadata"]["total_parameters"] = inspect_checkpoint(checkpoint).parameters
+            index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _order_header(file: Path) -> None:

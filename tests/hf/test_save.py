@@ -213,3 +213,13 @@ def test_shard_sizes() -> None:
     for size in ("5", "GB", "-1GB", "5GiB", 0):
         with pytest.raises(ValueError, match="max_shard_size"):
             check_shard_size(size)
+
+
+def test_an_index_counts_weights_not_packed_elements(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    parameters = model.num_parameters()
+    quantize(model, ARBConfig(variant="rtn", calibration=None))
+    folder = save_model(model, tmp_path / "model", max_shard_size="20KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert model.num_parameters() != parameters
+    assert index["metadata"]["total_parameters"] == parameters
+    assert LlamaForCausalLM.from_pretrained(folder).num_parameters() == model.num_parameters()
