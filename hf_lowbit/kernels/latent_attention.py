@@ -10,8 +10,9 @@ With the latents ``z`` of a key or value projection (format ``latent``), per hea
 A model with neither norm nor rotation needs no keys either: ``q·U_h`` meets the latents directly. The op also returns
 the logarithm of the softmax' sum, so that results over two stretches of a cache can be merged (:func:`merge`).
 
-The reference below is the definition, computed in float32 (float64 for such inputs). There is no gradient: training
-goes another way, see ``cache/attention.py``.
+The reference below is the definition, computed in float32 (float64 for such inputs); other kernels say where they
+round (:mod:`hf_lowbit.kernels.latent_cpu`). There is no gradient: training goes another way, see
+``cache/attention.py``.
 
 Source: ReCalKV (arXiv 2505.24357); rotation of cached latents with their own positions as in Palu (arXiv 2407.21118).
 """
@@ -19,14 +20,14 @@ Source: ReCalKV (arXiv 2505.24357); rotation of cached latents with their own po
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_lowbit.kernels import dispatch
-from hf_lowbit.kernels.latent_codec import decode_rows, row_bytes
+from hf_lowbit.kernels import dispatch, latent_cpu
+from hf_lowbit.kernels.latent_codec import decode_rows, group_places, row_bytes
 from hf_lowbit.kernels.ops import LIBRARY, unobserved
 
 LIBRARY.define(
@@ -82,16 +83,6 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 # The op ------------------------------------------------------------------------------------------------------------
 
 
-def _groups(owners: Sequence[int], ranks: Sequence[int]) -> Iterator[tuple[list[int] | slice, slice]]:
-    """Yield heads and place in the latent of each group; neighbours as a slice, which copies nothing."""
-    start = 0
-    for group, rank in enumerate(ranks):
-        heads = [head for head, owner in enumerate(owners) if owner == group]
-        neighbours = heads[-1] - heads[0] + 1 == len(heads)
-        yield slice(heads[0], heads[-1] + 1) if neighbours else heads, slice(start, start + rank)
-        start += rank
-
-
 def _latents(stored: Tensor, ranks: Sequence[int], bits: int, dtype: torch.dtype) -> Tensor:
     return decode_rows(stored, ranks, bits, dtype) if bits else stored.to(dtype)
 
@@ -125,7 +116,7 @@ def _reference(
     if positions is not None and inv_freq is not None:
         turn = rotation(positions, inv_freq, rope_scale)
     scores = query.new_empty((*query.shape[:3], tokens))
-    for heads, place in _groups(groups_k, ranks_k):
+    for heads, place in group_places(groups_k, ranks_k):
         z, up = zk[..., place], up_k[heads, :, : place.stop - place.start].to(dtype)
         bias = None if bias_k is None else bias_k.to(dtype).view(up_k.shape[:2])[heads]
         if norm is None and turn is None:
@@ -148,7 +139,7 @@ def _reference(
     # A query that sees nothing (padding) gives 0, like torch's own attention, and no NaN for later tokens to meet.
     weights = torch.nan_to_num((scores - lse[..., None]).exp()).unflatten(1, (up_k.shape[0], -1))
     out = torch.empty_like(query)
-    for heads, place in _groups(groups_v, ranks_v):
+    for heads, place in group_places(groups_v, ranks_v):
         up = up_v[heads, :, : place.stop - place.start].to(dtype)
         mixed = weights[:, heads] @ zv[..., place].unsqueeze(1)  # batch, heads of the group, queries of each, rank
         out[:, heads] = mixed @ up.transpose(1, 2)
@@ -176,6 +167,7 @@ class Kernel:
 
 # In order of preference.
 KERNELS: dict[str, Kernel] = {
+    "cpu": Kernel("cpu", "bfloat16 products, keys are not rebuilt", latent_cpu.why_not, latent_cpu.decode),
     "reference": Kernel(
         "reference", "plain torch in float32, rebuilds the keys in every call", lambda *_: None, _reference
     ),

@@ -40,6 +40,18 @@ def row_bytes(ranks: Sequence[int], bits: int) -> int:
     return 4 * len(ranks) + sum(-(-rank // codes) * width for rank in ranks)
 
 
+def group_places(owners: Sequence[int], ranks: Sequence[int]) -> list[tuple[list[int] | slice, slice]]:
+    """Return heads and place in the latent of each group; neighbouring heads as a slice, which copies nothing."""
+    found: list[tuple[list[int] | slice, slice]] = []
+    start = 0
+    for group, rank in enumerate(ranks):
+        heads = [head for head, owner in enumerate(owners) if owner == group]
+        neighbours = heads[-1] - heads[0] + 1 == len(heads)
+        found.append((slice(heads[0], heads[-1] + 1) if neighbours else heads, slice(start, start + rank)))
+        start += rank
+    return found
+
+
 def encode_rows(latents: Tensor, ranks: Sequence[int], bits: int) -> Tensor:
     """Code latents.
 
