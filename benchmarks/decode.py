@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,36 @@ def llama_cpp(folder: Path, new_tokens: int, threads: int) -> Callable[[int], An
     return call
 
 
+def shares(model: Any, call: Callable[[int], Any], new_tokens: int) -> dict[str, float]:
+    """Return milliseconds of a token inside the layers of blocks, inside the output head, and in all else."""
+    spent = {"layers": 0.0, "head": 0.0}
+    timed: dict[nn.Module, Callable[..., Any]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            part = "head" if module is model.lm_head else "layers"
+
+            def forward(x: torch.Tensor, part: str = part, own: Any = module.forward) -> Any:
+                began = time.perf_counter()
+                out = own(x)
+                spent[part] += time.perf_counter() - began
+                return out
+
+            timed[module] = forward
+    for module, own in timed.items():
+        module.forward = own  # type: ignore[method-assign]
+    call(0)
+    rounds = 3
+    spent.update(layers=0.0, head=0.0)
+    began = time.perf_counter()
+    for turn in range(rounds):
+        call(turn)
+    total = time.perf_counter() - began
+    for module in timed:
+        del module.forward
+    found = {**spent, "rest": total - sum(spent.values())}
+    return {part: round(seconds / rounds / new_tokens * 1e3, 2) for part, seconds in found.items()}
+
+
 def main() -> None:
     """Parse arguments, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,10 +150,11 @@ def main() -> None:
             peer = llama_cpp(Path(folder), arguments.new_tokens, arguments.threads)
             ways |= {LLAMA_CPP: peer} if peer else {}
         times = timed_in_turn(ways, arguments.seconds)
-    record(name, models, times, arguments.new_tokens)
+        split = {way: shares(model, ways[way], arguments.new_tokens) for way, model in models.items()}
+    record(name, models, times, split, arguments.new_tokens)
 
 
-def record(name: str, models: dict[str, Any], times: dict[str, list[float]], new_tokens: int) -> None:
+def record(name: str, models: dict[str, Any], times: dict[str, list[float]], split: Any, new_tokens: int) -> None:
     """Print the figures and add them to those of other models."""
     medians = {way: statistics.median(own) for way, own in times.items()}
     speeds = {
@@ -132,7 +164,7 @@ def record(name: str, models: dict[str, Any], times: dict[str, list[float]], new
     stored = sum(layer.packed.nbytes for layer in packed_modules(models[PACKED]).values())
     path = RESULTS / "decode.json"
     before = json.loads(path.read_text("utf-8")).get("models", {}) if path.exists() else {}
-    row = {"speeds": speeds, "rounds": len(times[DENSE]), "packed_bytes": stored}
+    row = {"speeds": speeds, "rounds": len(times[DENSE]), "packed_bytes": stored, "milliseconds": split}
     write_result("decode", {"new_tokens": new_tokens, "models": {**before, name: row}})
     table = Table(name, "tokens per second", "× dense")
     for way, speed in speeds.items():

@@ -24,10 +24,13 @@ def decode() -> str:
     rows = []
     for name, case in result["models"].items():
         for way, speed in case["speeds"].items():
-            rows.append([name, way, f"{speed['tokens_per_second']:.1f}", f"{speed['ratio']:.2f} ×"])
+            split = case["milliseconds"].get(way)
+            parts = ["–"] * 3 if split is None else [f"{split[part]:.1f}" for part in ("layers", "head", "rest")]
+            rows.append([name, way, f"{speed['tokens_per_second']:.1f}", f"{speed['ratio']:.2f} ×", *parts])
     environment = result["environment"]
     where = f"{environment['cpu']}, {environment['threads']} thread(s), one sequence, median of calls in turn"
-    return table(["model", "weights", "tokens per second", "of dense"], rows) + f"\n\n{where}."
+    header = ["model", "weights", "tokens per second", "of dense", "ms of a token: linear layers", "head", "all else"]
+    return table(header, rows) + f"\n\n{where}."
 
 
 def products() -> str:
