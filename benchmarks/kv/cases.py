@@ -1,4 +1,4 @@
-"""One attention module, dense and on latents, and the caches that are compared: what they hold and one step of each."""
+"""One attention module, dense and on latents, and the caches compared: what they hold and one step of each."""
 
 from __future__ import annotations
 
