@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.common import write_result
+from benchmarks.kernels import gpu
 from hf_lowbit.formats import BinaryFormat
 from hf_lowbit.kernels import dispatch
 from hf_lowbit.kernels.cpu import library
@@ -184,6 +185,8 @@ def main() -> None:
     console.print(table)
     if not arguments.quick:
         write_result("kernels_cpu", {"isa": isa if built else None, "cases": rows})
+        if torch.cuda.is_available():
+            gpu.main()
 
 
 if __name__ == "__main__":
