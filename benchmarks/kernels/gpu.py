@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels.gpu        # needs a GPU; `python -m benchmarks.kernels` calls it where there is one
 
-The roofline is the larger of two times: that of reading the packed bytes, activations and result at the rate of a large
+The roofline is the larger of two times: that of reading packed bytes, activations and result at the rate of a large
 copy, and that of the product's operations at the rate of a large dense product, both measured in the same run. Writes
 ``benchmarks/results/kernels_gpu.json``. Nobody has run it on a GPU yet; its logic is tested on the CPU.
 """
