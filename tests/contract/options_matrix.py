@@ -36,7 +36,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
-# the same for methods of unit "attention", whose contract is in test_attention.py
+# the same for methods of unit "attention", whose contract is in test_attention_contract.py
 ATTENTION: dict[str, list[dict[str, Any]]] = {
     "recalkv": [
         {"rank_multiple": 1},
