@@ -146,11 +146,6 @@ def binary_linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes) ->
     return choose(x.dtype, x.device.type, parts, sizes).linear(x, parts, bias, sizes)
 
 
-def is_forced() -> bool:
-    """Return whether a kernel is forced now."""
-    return _forced is not None
-
-
 def binary_call(parts: Parts, bias: Tensor | None, sizes: Sizes) -> cpu.Call | None:
     """Return a shorter way to :func:`binary_linear` with one weight and few tokens, or None where there is none."""
     if parts[0].device.type != "cpu" or cpu.unsupported(torch.bfloat16, parts, sizes) is not None:

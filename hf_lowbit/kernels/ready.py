@@ -36,7 +36,7 @@ class Ready:
         Args:
             x: (..., in_features), anything.
         """
-        if dispatch.is_forced() or not unobserved(x, self._bias):
+        if dispatch.forced_name() is not None or not unobserved(x, self._bias):
             return None
         if self.group is not None:
             out = self.group.take(self, x)

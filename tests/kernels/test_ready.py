@@ -84,13 +84,15 @@ def test_input_written_to_in_between_is_read_again(model):
     assert torch.equal(model.k_proj(x), want)
 
 
-@pytest.mark.parametrize("change", ["in place", "replaced", "bias"])
+@pytest.mark.parametrize("change", ["in place", "signs", "replaced", "bias"])
 def test_changed_weight_is_seen(change, model):
     for _ in range(3):
         model(torch.randn(1, 256).bfloat16())
     own = model.v_proj
     if change == "in place":
         own.weight_row_scale.mul_(2)
+    elif change == "signs":  # those of salient columns were copied
+        own.weight_sign.bitwise_not_()
     elif change == "replaced":
         own.weight_row_scale = nn.Parameter(own.weight_row_scale * 2, requires_grad=False)
     else:

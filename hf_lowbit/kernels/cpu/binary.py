@@ -198,10 +198,9 @@ class Call:
     def __init__(self, parts: Parts, bias: Tensor | None, sizes: Sizes) -> None:
         """Look all up; the weight must be one that :func:`unsupported` has nothing against."""
         self._made = prepared(parts, *sizes)
-        # Moving any tensor is seen; writing to one, where it was copied from. The others are read where they are.
+        # Moving any tensor is seen, and writing to one of the weight, from all of which something was copied.
         self._tensors = [part for part in (*parts, bias) if part is not None]
-        copied = parts if parts[8] is not None else (parts[1], *parts[3:])
-        self._copied = [part for part in copied if part is not None and not part.is_inference()]
+        self._copied = [part for part in parts if part is not None and not part.is_inference()]
         self._places, self._versions = self._stamp()
         self._bias, self._columns, self.rows = bias, sizes[0], self._made.weight.rows
         self._most = MOST_TOKENS_TILES * self._columns
