@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.kernels import dispatch, latent_cpu
-from hf_lowbit.kernels.latent_codec import decode_rows, group_places, row_bytes
+from hf_lowbit.kernels.latent_codec import decode_rows, group_places, row_bytes, shares
 from hf_lowbit.kernels.ops import LIBRARY, unobserved
 
 LIBRARY.define(
@@ -74,8 +74,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Merge results of the op over parts of a cache, (batch, heads, head_dim) each with (batch, heads)."""
     total = torch.logsumexp(torch.stack([lse for _, lse in parts]), dim=0)
-    shares = [torch.nan_to_num((lse - total).exp()) for _, lse in parts]  # -inf - -inf: all masked, result 0
-    merged = sum(out.float() * share[..., None] for (out, _), share in zip(parts, shares, strict=True))
+    weights = [shares(lse, total) for _, lse in parts]
+    merged = sum(out.float() * share[..., None] for (out, _), share in zip(parts, weights, strict=True))
     result: Tensor = torch.as_tensor(merged).to(parts[0][0].dtype)
     return result
 
@@ -137,7 +137,7 @@ def _reference(
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(dtype)
     lse = torch.logsumexp(scores, dim=-1)
     # A query that sees nothing (padding) gives 0, like torch's own attention, and no NaN for later tokens to meet.
-    weights = torch.nan_to_num((scores - lse[..., None]).exp()).unflatten(1, (up_k.shape[0], -1))
+    weights = shares(scores, lse[..., None]).unflatten(1, (up_k.shape[0], -1))
     out = torch.empty_like(query)
     for heads, place in group_places(groups_v, ranks_v):
         up = up_v[heads, :, : place.stop - place.start].to(dtype)

@@ -40,6 +40,18 @@ def row_bytes(ranks: Sequence[int], bits: int) -> int:
     return 4 * len(ranks) + sum(-(-rank // codes) * width for rank in ranks)
 
 
+def shares(scores: Tensor, total: Tensor) -> Tensor:
+    """Return ``exp(scores - total)``, and 0 where ``total`` is minus infinity: who sees nothing has no shares.
+
+    NaN, of activations that were broken before, stays NaN.
+
+    Args:
+        scores: logarithms, floating, any shape.
+        total: their ``logsumexp``, broadcastable.
+    """
+    return (scores - total).exp().masked_fill(total == -torch.inf, 0.0)
+
+
 def group_places(owners: Sequence[int], ranks: Sequence[int]) -> list[tuple[list[int] | slice, slice]]:
     """Return heads and place in the latent of each group; neighbouring heads as a slice, which copies nothing."""
     found: list[tuple[list[int] | slice, slice]] = []

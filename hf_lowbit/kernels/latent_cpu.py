@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lowbit.kernels.latent_codec import decode_rows, group_places
+from hf_lowbit.kernels.latent_codec import decode_rows, group_places, shares
 
 # Elements of the product between: 512 KB in bfloat16, a quarter of what a core's own cache holds on servers.
 _PRODUCT = 2**18
@@ -71,7 +71,7 @@ def decode(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.nan_to_num((scores - lse[..., None]).exp())  # nothing seen gives 0, not NaN
+    weights = shares(scores, lse[..., None])
     out = _mixed(weights, values, up_v, (groups_v, ranks_v), bits)
     if bias_v is not None:
         out = out + bias_v.float().view(up_v.shape[0], 1, -1)

@@ -167,6 +167,18 @@ def test_a_row_that_sees_nothing_gives_zero():
     assert torch.isfinite(merge([(out, lse), (out, lse)])).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("at", [0, 1, 2], ids=["query", "keys", "values"])
+def test_nan_is_handed_on(at, dtype):
+    given = arguments("one-head-groups", dtype=dtype)
+    given[at] = given[at].clone()
+    given[at][1] = torch.nan
+    given[10] = None  # all is seen
+    out, lse = torch.ops.hf_lowbit.latent_decode(*given)
+    assert out[1].isnan().all() and torch.isfinite(out[0]).all()
+    assert merge([(out, lse), (out, lse)])[1].isnan().all()
+
+
 @pytest.mark.parametrize("case", ["rotary", "ragged-groups", "wide"])
 def test_torch_finds_no_fault_with_the_registration(case):
     torch.library.opcheck(torch.ops.hf_lowbit.latent_decode, arguments(case))
