@@ -4,12 +4,18 @@
 points the zero is the middle of the range, ``2^(bits - 1)``. The op in torch is the definition on every device; there
 is no kernel that multiplies packed codes yet.
 
-Layout of codes of 2, 4 or 8 bits: ``8 / bits`` of them in a byte, the first column in the lowest bits; what is left of
-a row's last byte is 0.
+Layout of codes of 2, 3, 4 or 8 bits: a row is one number in little-endian bytes, column j in its bits ``bits · j`` to
+``bits · j + bits - 1``, and what is left of the last byte is 0. So with 2, 4 and 8 bits a byte holds ``8 / bits``
+codes, the first column in the lowest bits, and with 3 bits three bytes hold eight codes::
+
+    byte 0  bits 0-2 column 0, 3-5 column 1, 6-7 the low two of column 2
+    byte 1  bit 0 the high one of column 2, 1-3 column 3, 4-6 column 4, 7 the low one of column 5
+    byte 2  bits 0-1 the high two of column 5, 2-4 column 6, 5-7 column 7
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +24,7 @@ from torch.nn.functional import linear, pad
 
 from hf_lowbit.kernels.ops import LIBRARY, unobserved
 
-BITS = (2, 4, 8)
+BITS = (2, 3, 4, 8)
 
 
 def code_bytes(columns: int, bits: int) -> int:
@@ -36,19 +42,35 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     Returns:
         (..., code_bytes), uint8.
     """
-    each = 8 // bits
-    padded = pad(codes.to(torch.uint8), (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
-    packed = torch.zeros_like(padded[..., 0])
+    each, octets = _unit(bits)
+    padded = pad(codes.to(torch.int32 if octets > 1 else torch.uint8), (0, -codes.shape[-1] % each))
+    padded = padded.unflatten(-1, (-1, each))
+    word = torch.zeros_like(padded[..., 0])
     for place in range(each):
-        packed |= padded[..., place] << (bits * place)
-    return packed
+        word |= padded[..., place] << (bits * place)
+    if octets == 1:
+        return word
+    parts = torch.stack([(word >> 8 * octet & 255).to(torch.uint8) for octet in range(octets)], -1)
+    return parts.flatten(-2)[..., : code_bytes(codes.shape[-1], bits)].contiguous()
 
 
 def unpack_codes(packed: Tensor, columns: int, bits: int) -> Tensor:
     """Undo :func:`pack_codes`; (..., columns), uint8."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    _, octets = _unit(bits)
+    if octets > 1:
+        parts = pad(packed, (0, -packed.shape[-1] % octets)).unflatten(-1, (-1, octets)).to(torch.int32)
+        packed = parts[..., 0]
+        for octet in range(1, octets):
+            packed = packed | parts[..., octet] << 8 * octet
+    shifts = torch.arange(0, 8 * octets, bits, dtype=packed.dtype, device=packed.device)
     codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return codes.flatten(-2)[..., :columns]
+    return codes.flatten(-2)[..., :columns].to(torch.uint8)
+
+
+def _unit(bits: int) -> tuple[int, int]:
+    """Return the fewest codes that fill whole bytes, and the bytes."""
+    common = math.gcd(bits, 8)
+    return 8 // common, bits // common
 
 
 LIBRARY.define(

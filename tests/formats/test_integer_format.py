@@ -105,7 +105,7 @@ def test_schema_shapes_and_gradients_of_the_ops():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"bits": 3}, "bits must be one of 2, 4, 8, got 3"),
+        ({"bits": 5}, "bits must be one of 2, 3, 4, 8, got 5"),
         ({"bits": True}, "bits must be"),
         ({"bits": "4"}, "bits must be"),
         ({"group_size": -1}, "group_size must be"),
