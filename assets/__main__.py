@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import assets
+from assets import super_resolution, video
 
 RESULTS: dict[str, Callable[[], list[Path]]] = {
     "smollm2": lambda: [assets.smollm2()],
     "gemma3": lambda: [assets.gemma3()],
     "wikipedia": lambda: [assets.wikipedia("calibration"), assets.wikipedia("heldout")],
     "news": lambda: [assets.news()],
+    "photos": lambda: [super_resolution.photos("train"), super_resolution.photos("heldout")],
+    "swin2sr": lambda: [super_resolution.swin2sr()],
+    "video": lambda: [video.path()],
 }
 
 

@@ -76,10 +76,10 @@ def test_a_failed_build_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> No
         (target / "whole").write_text("whole")
 
     with pytest.raises(RuntimeError, match="interrupted"):
-        assets._cached("thing", tmp_path, fails)
+        assets.cached("thing", tmp_path, fails)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
-    assert [path.name for path in assets._cached("thing", tmp_path, works).iterdir()] == ["whole"]
-    assets._cached("thing", tmp_path, fails)  # what is there is not built again
+    assert [path.name for path in assets.cached("thing", tmp_path, works).iterdir()] == ["whole"]
+    assets.cached("thing", tmp_path, fails)  # what is there is not built again
 
 
 def test_several_callers_at_once_build_once(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_several_callers_at_once_build_once(tmp_path: Path) -> None:
         (target / "whole").write_text("whole")
 
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: assets._cached("thing", tmp_path, build), range(4)))
+        results = list(pool.map(lambda _: assets.cached("thing", tmp_path, build), range(4)))
     assert len(builds) == 1
     assert all((result / "whole").read_text() == "whole" for result in results)
 

@@ -1,0 +1,78 @@
+"""Videos from the trained model, through the pipeline of diffusers, and how far apart two of them are."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assets.video import data
+
+# colour, shape, direction; each colour and each direction at least once
+PROMPTS = (
+    ("red", "square", "right"),
+    ("green", "disc", "down"),
+    ("blue", "plus", "left"),
+    ("yellow", "disc", "up"),
+    ("red", "plus", "down"),
+    ("green", "square", "left"),
+)
+_NOISE_SEED = 100
+
+
+def noise(count: int = len(PROMPTS), seed: int = _NOISE_SEED) -> Tensor:
+    """Return the noise that videos start from, (count, 3, 8, 16, 16)."""
+    shape = (count, data.CHANNELS, data.FRAMES, data.SIZE, data.SIZE)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pipeline(transformer: Any) -> Any:
+    """Return a ``WanPipeline`` around the transformer, without text encoder and decoder: it works on pixels."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    found = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+    )  # fmt: skip
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@torch.no_grad()
+def sample(
+    transformer: Any,
+    prompts: tuple[tuple[str, str, str], ...] = PROMPTS,
+    steps: int = 16,
+    seed: int = _NOISE_SEED,
+    guidance: float = 1.0,
+) -> Tensor:
+    """Return one video for each prompt.
+
+    Args:
+        transformer: trained here, dense or quantized; or a pipeline around one, as :func:`pipeline` makes it.
+        prompts: colour, shape and direction of each.
+        steps: of the sampler.
+        seed: of the noise.
+        guidance: scale of classifier-free guidance; above 1 the transformer runs twice a step.
+
+    Returns:
+        (prompts, 3, 8, 16, 16) in float32, about [-1, 1].
+    """
+    made = pipeline(transformer) if isinstance(transformer, torch.nn.Module) else transformer
+    dtype = made.transformer.dtype
+    words = torch.tensor([[data.WORDS.index(word) for word in prompt] for prompt in prompts])
+    # sizes are those of a decoder that enlarges eight times, and frames four times
+    frames = made(
+        prompt_embeds=data.embed(words).to(dtype),
+        negative_prompt_embeds=data.embed(torch.full_like(words, -1)).to(dtype),
+        latents=noise(len(prompts), seed),
+        height=8 * data.SIZE, width=8 * data.SIZE, num_frames=4 * (data.FRAMES - 1) + 1,
+        num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
+    ).frames  # fmt: skip
+    return frames.float()
+
+
+def psnr(found: Tensor, expected: Tensor) -> float:
+    """Return the peak signal-to-noise ratio in decibels over all of both, for values in [-1, 1]."""
+    error = float((found.double() - expected.double()).square().mean())
+    return 10 * math.log10(4 / error) if error else math.inf
