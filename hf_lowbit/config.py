@@ -44,12 +44,15 @@ def option(
     low: float | None = None,
     high: float | None = None,
     multiple_of: int | None = None,
+    check: Callable[[Any], str | None] | None = None,
 ) -> Any:
     """Declare an option of a config: default (which fixes the type), help text and allowed values.
 
-    ``low`` and ``high`` are inclusive. Use it like :func:`dataclasses.field`.
+    ``low`` and ``high`` are inclusive. ``check`` stands in for all of them where a type and limits do not say what is
+    allowed: it returns what is wrong with a value ("must be ..."), or None; what it wants belongs into the help text.
+    Use it like :func:`dataclasses.field`.
     """
-    rules = {"help": help, "choices": choices, "low": low, "high": high, "multiple_of": multiple_of}
+    rules = {"help": help, "choices": choices, "low": low, "high": high, "multiple_of": multiple_of, "check": check}
     return dataclasses.field(default=default, metadata={"option": rules})
 
 
@@ -129,6 +132,9 @@ def _object_without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _option_problem(name: str, value: Any, default: Any, rules: Mapping[str, Any]) -> str | None:
+    if rules["check"] is not None:
+        problem = rules["check"](value)
+        return f"{name} {problem}" if problem else None
     if rules["choices"] is not None:
         allowed = ", ".join(map(repr, rules["choices"]))
         return None if value in rules["choices"] else f"{name} must be one of {allowed}, got {shown(value)}"
@@ -250,6 +256,13 @@ class LowBitConfig(QuantizationConfigMixin, metaclass=_ByMethodName):
     def needs(self) -> str:
         """Data that a run with these options needs: "none" or "tokens"."""
         return "none"
+
+    @property
+    def method_info(self) -> Any:
+        """Return the record of the method (``hf_lowbit.methods``); None for a recipe, whose rules have their own."""
+        from hf_lowbit import registry
+
+        return None if self.method == "recipe" else registry.method_info(self.method)
 
     @property
     def streams(self) -> frozenset[str]:

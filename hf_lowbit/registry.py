@@ -161,6 +161,15 @@ def get(name: str) -> Method:
     return found[name]
 
 
+def method_info(name: str) -> Any:
+    """Return what a method compresses, where it sits in the field and whom to cite: a record of ``methods.taxonomy``.
+
+    Raises:
+        KeyError: the method has no record.
+    """
+    return importlib.import_module("hf_lowbit.methods").METHODS[name]
+
+
 def config_class(name: Any) -> type[LowBitConfig]:
     """Return the config class of a method name found in a file; "recipe" is the composite."""
     from hf_lowbit.recipe import LowBitRecipe

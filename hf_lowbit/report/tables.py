@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
+from hf_lowbit import registry
+from hf_lowbit.methods import taxonomy
 from hf_lowbit.registry import Method
 from hf_lowbit.report.inspect import Inspection, PackedModule
 
@@ -134,23 +136,29 @@ def methods_table(methods: Mapping[str, Method]) -> Table:
     """Return the table of all methods."""
     table = _table(
         "methods",
-        ["name", "what it does", "on", "data", "paper", "status"],
+        ["name", "what it does", "compresses", "bits", "data", "place in the field", "paper", "status"],
         [],
-        "options of one: hf-lowbit methods NAME",
+        "options of one: hf-lowbit methods NAME; the field: docs/methods.md, hf_lowbit.methods",
     )
-    for row in methods_json(methods):
-        what = f"{row['title']}. {row['summary']} (format {row['format']})"
-        table.add_row(row["name"], what, row["unit"], row["needs"], row["paper"], row["status"])
-    for column in (table.columns[0], table.columns[4]):
+    for name, method in methods.items():
+        info = registry.method_info(name)
+        what = f"{method.title}. {method.summary} (format {method.format}, unit {method.unit})"
+        place = "outside the frame" if info.category is None else f"{info.category}, {info.subcategory}"
+        compresses = ", ".join(sorted(info.compresses))
+        bits = taxonomy.bits_text(info)
+        table.add_row(name, what, compresses, bits, method.needs, place, method.paper, method.status)
+    for column in (table.columns[0], table.columns[6]):
         column.no_wrap = True
     return table
 
 
-def methods_json(methods: Mapping[str, Method]) -> list[dict[str, str]]:
-    """Return the records of all methods as JSON types."""
+def methods_json(methods: Mapping[str, Method]) -> list[dict[str, Any]]:
+    """Return all methods as JSON types, each with its record in the field under "record"."""
     keys = ("name", "title", "summary", "format", "unit", "needs", "paper", "status")
-    rows = [{key: getattr(method, key) for key in keys} for method in methods.values()]
-    return rows
+    return [
+        {**{key: getattr(method, key) for key in keys}, "record": registry.method_info(name).to_json()}
+        for name, method in methods.items()
+    ]
 
 
 def options_json(method: Method) -> list[dict[str, Any]]:
@@ -168,6 +176,8 @@ def options_json(method: Method) -> list[dict[str, Any]]:
 
 
 def _allowed(rules: Mapping[str, Any], kind: type) -> str:
+    if rules["check"] is not None:
+        return "see what it is"
     if rules["choices"] is not None:
         return ", ".join(map(str, rules["choices"]))
     if kind is bool:
