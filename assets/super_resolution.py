@@ -80,7 +80,7 @@ def small_model(scale: int = SCALE, seed: int = 0):
     torch.manual_seed(seed)
     model = Swin2SRForImageSuperResolution(
         Swin2SRConfig(
-            image_size=32, embed_dim=48, depths=[2, 2], num_heads=[4, 4], window_size=8, mlp_ratio=2, upscale=scale,
+            image_size=32, embed_dim=48, depths=[2, 2], num_heads=[4, 4], window_size=8, mlp_ratio=2.0, upscale=scale,
             upsampler="pixelshuffledirect", drop_path_rate=0,
         )
     )  # fmt: skip

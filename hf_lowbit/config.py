@@ -179,10 +179,10 @@ class CalibrationRecord:
     """What a model was calibrated on, without saying where it lay.
 
     Attributes:
-        kind: "dataset", "text file", "text folder", "texts", "tokens".
+        kind: "dataset", "text file", "text folder", "texts", "tokens"; of images see :mod:`hf_lowbit.image_config`.
         name: public name of a dataset, else None.
-        sha256: hash of the token ids that were used, None before a run.
-        tokens: number of tokens used, None before a run.
+        sha256: hash of the token ids, or of the pixels, that were used, None before a run.
+        tokens: number of tokens used, or of pixels, None before a run.
     """
 
     kind: str
@@ -478,7 +478,7 @@ class CalibratedConfig(LowBitConfig):
         elif isinstance(self.calibration, Mapping):
             found.append("calibration must not be a mapping; of a tokenizer's output, pass its ['input_ids']")
         elif isinstance(self.calibration, CalibrationRecord):
-            found += _record_problems(self.calibration)
+            found += record_problems(self.calibration, KINDS)
         if not found and self.samples * self.sequence_length > _MOST_TOKENS:
             found.append(f"samples × sequence_length must be at most {_MOST_TOKENS} tokens")
         return found
@@ -495,12 +495,7 @@ class CalibratedConfig(LowBitConfig):
     def _from_values(cls, values: dict[str, Any]) -> Any:
         data = values.get("calibration")
         if isinstance(data, Mapping):
-            fields = {field.name for field in dataclasses.fields(CalibrationRecord)}
-            if set(data) - fields or "kind" not in data:
-                raise ValueError(
-                    f"{cls.__name__}: a calibration record has {', '.join(sorted(fields))}, got {shown([*data])}"
-                )
-            values = {**values, "calibration": CalibrationRecord(**data)}
+            values = {**values, "calibration": calibration_record(data, cls.__name__)}
         elif data is not None and data not in DATASETS:
             # A stored config names public data only; anything else would be somebody else's path.
             raise ValueError(
@@ -512,11 +507,23 @@ class CalibratedConfig(LowBitConfig):
 KINDS = ("dataset", "text file", "text folder", "texts", "tokens")
 
 
-def _record_problems(record: CalibrationRecord) -> list[str]:
+def calibration_record(data: Mapping[str, Any], owner: str) -> CalibrationRecord:
+    """Read the record of a stored config.
+
+    Raises:
+        ValueError: it has other keys than a record.
+    """
+    fields = {field.name for field in dataclasses.fields(CalibrationRecord)}
+    if set(data) - fields or "kind" not in data:
+        raise ValueError(f"{owner}: a calibration record has {', '.join(sorted(fields))}, got {shown([*data])}")
+    return CalibrationRecord(**data)
+
+
+def record_problems(record: CalibrationRecord, kinds: tuple[str, ...]) -> list[str]:
     """A record comes from somebody's file: only what this package writes is kept, so nothing else is handed on."""
     found = []
-    if record.kind not in KINDS:
-        found.append(f"calibration.kind must be one of {', '.join(KINDS)}, got {shown(record.kind)}")
+    if record.kind not in kinds:
+        found.append(f"calibration.kind must be one of {', '.join(kinds)}, got {shown(record.kind)}")
     if record.name is not None and record.name not in DATASETS:
         found.append(f"calibration.name must be one of {', '.join(DATASETS)}, got {shown(record.name)}")
     digest = record.sha256

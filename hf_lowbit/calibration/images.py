@@ -99,7 +99,7 @@ def _as_image(item: Any, where: str) -> Tensor:
     if _is_picture(item):
         import numpy
 
-        item = numpy.asarray(item.convert("RGB"))
+        item = numpy.array(item.convert("RGB"))  # a copy: views of pictures cannot be written to
     try:
         values = torch.as_tensor(item)
     except (TypeError, ValueError, RuntimeError) as error:

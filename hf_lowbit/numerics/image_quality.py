@@ -97,5 +97,3 @@ def _blurred(images: Tensor) -> Tensor:
     weights = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
     weights = weights / weights.sum()
     return conv2d(conv2d(images, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
-
-
