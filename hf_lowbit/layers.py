@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowbit.formats import Format, Spec
+from hf_lowbit.kernels.activation import check_act_bits
 
 _PREFIX = "weight_"
 # Subclasses of these have a meaning of their own, which replacing them would lose; so types are compared exactly.
@@ -47,6 +48,8 @@ class PackedLinear(nn.Linear):
         self._stored = {_PREFIX + name: tensor.dtype for name, tensor in packed.state().items()}
         # ids of the parameters, the parameters (so that no id is used twice), the format made of them, its shorter way
         self._last: tuple[list[int], list[Any], Format, Callable[[Tensor], Tensor | None] | None] | None = None
+        # bits of activations for the next calls, for formats that round them; None: as stored. See set_act_bits.
+        self.act_bits: int | None = None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, bias.requires_grad))
         self._is_hf_initialized = True  # transformers must not initialise the stub
         _watch_adapters()
@@ -83,15 +86,21 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ W.T + bias``; input (..., in_features), result in its dtype."""
         if torch.compiler.is_compiling():
-            return self.packed.linear(input, self.bias)
+            return self._product(self.packed, input)
         # Gathering the tensors takes longer than a small product, so it is done again only when one was replaced.
         ids = [*map(id, self._parameters.values())]
         if self._last is None or ids != self._last[0]:
             packed = self.packed
             self._last = (ids, list(self._parameters.values()), packed, packed.ready(self.bias))
         _, _, packed, ready = self._last
-        out = None if ready is None else ready(input)
-        return packed.linear(input, self.bias) if out is None else out
+        # the shorter way is for the stored bits
+        out = None if ready is None or self.act_bits is not None else ready(input)
+        return self._product(packed, input) if out is None else out
+
+    def _product(self, packed: Format, input: Tensor) -> Tensor:
+        if self.act_bits is None:
+            return packed.linear(input, self.bias)
+        return packed.linear_at(input, self.bias, self.act_bits)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the dense layer with the same weights, in ``dtype`` (default: that of the stub)."""
@@ -175,6 +184,32 @@ def dense_weight(dense: Any) -> Tensor:
 def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
     """Return the packed layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def set_act_bits(model: nn.Module, bits: int | None) -> int:
+    """Choose the bits of activations for the next calls of all packed layers that round them.
+
+    It is a number in memory, which no file keeps. Layers that leave activations as they are stay as they are.
+
+    Args:
+        model: with packed layers.
+        bits: 2 to 8; 16 to round nothing; None for the bits that each layer was stored with.
+
+    Returns:
+        How many layers it holds for.
+
+    Raises:
+        ValueError: the bits are none of these, or no layer of the model rounds activations.
+    """
+    if bits is not None:
+        check_act_bits(bits)
+    layers = packed_modules(model).values()
+    found = [layer for layer in layers if layer.format_type.rounds_activations(layer.spec)]
+    if not found:
+        raise ValueError(f"no packed layer of {type(model).__name__} rounds activations")
+    for layer in found:
+        layer.act_bits = bits
+    return len(found)
 
 
 # Adapters --------------------------------------------------------------------------------------------------------

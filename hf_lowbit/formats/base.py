@@ -108,6 +108,19 @@ class Format:
         """Return ``x @ W.T + bias`` through the format's op."""
         raise NotImplementedError
 
+    @classmethod
+    def rounds_activations(cls, spec: Any) -> bool:
+        """Return whether :meth:`linear` rounds its input, with bits that a call of :meth:`linear_at` may choose."""
+        return False
+
+    def linear_at(self, x: Tensor, bias: Tensor | None, act_bits: int) -> Tensor:
+        """Return what :meth:`linear` does, with activations of other bits than those stored.
+
+        Raises:
+            ValueError: the format does not round activations, or not to so many bits.
+        """
+        raise ValueError(f"format {self.name!r} does not round activations; act_bits must be None, got {act_bits}")
+
     def ready(self, bias: Tensor | None) -> Callable[[Tensor], Tensor | None] | None:
         """Return a shorter way to :meth:`linear`, None if the format has none.
 

@@ -3,6 +3,7 @@
 Nothing here knows a module, a config or a method. Importing registers the ops with ``torch.library``.
 """
 
+from hf_lowbit.kernels import activation as activation
 from hf_lowbit.kernels import integer as integer
 from hf_lowbit.kernels import low_rank as low_rank
 from hf_lowbit.kernels import ops as ops

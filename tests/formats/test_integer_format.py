@@ -112,7 +112,7 @@ def test_schema_shapes_and_gradients_of_the_ops():
         ({"group_size": 2**40}, "group_size must be"),
         ({"symmetric": 1}, "symmetric must be"),
         ({"scale_dtype": "int8"}, "scale_dtype must be"),
-        ({"act_bits": 4}, "unknown key 'act_bits'"),
+        ({"act_bit": 4}, "unknown key 'act_bit'"),
     ],
     ids=str,
 )

@@ -1,0 +1,370 @@
+"""Custom op ``hf_lowbit::integer_act_linear``: products in which the input is rotated and rounded to integers, too.
+
+For rows x of an input and a weight Ŵ that was made for such rows (:mod:`hf_lowbit.formats.integer`)::
+
+    x̃ = ((x / smooth) · signs) · (I ⊗ H)            transform()             in float32, whatever the dtype of x
+    q, s = codes and scales of x̃                    quantize_activation()   codes int8, |q| ≤ 2^(bits-1) - 1
+    y = (s · q) Ŵᵀ + bias                           dequantized form: the definition, in float32
+
+The dequantized form is what the op computes on every device unless a kernel for the case takes it. The *integer form*,
+:func:`integer_form`, is what kernels compute: for each stretch of columns γ that has one activation scale and one
+weight scale::
+
+    y = Σ_γ s[:, γ] · Δ[γ] · Σ_j q[:, j] (code[j] - zero[γ])  + bias
+
+Sums of codes are whole numbers below 2^31, so only the order of the outer sum in float32 is a kernel's own. With the
+operands as unsigned codes the inner sum is ``q·code - zero · Σ_j q_j``: a kernel that makes q may hand on row sums.
+
+Modes, by which columns and tokens share a scale ``s = max|x̃| / (2^(bits-1) - 1)``:
+
+===============  ==========================================================  =====================================
+mode             scale                                                       integer product
+===============  ==========================================================  =====================================
+none             nothing is rounded                                          no
+token_group      (tokens, ⌈columns / group_size⌉)                            yes
+token            (tokens, 1)                                                 yes, one factor at the end
+channel          (1, columns), over all tokens of the call                   no: it varies inside the sum
+channel_token    (1, columns), then (tokens, 1) of what that leaves          no
+static           stored in the file, see ``act_bounds``                      not implemented by this module yet
+===============  ==========================================================  =====================================
+
+Bits are 2 to 8, or 16: nothing is rounded (to tell what weights cost apart from activations).
+
+NaN and infinity are handed on, never clamped: whatever shares a scale with one becomes NaN, so that a token with one
+has NaN in all outputs; with a scale over tokens, all tokens do. A group of zeros has scale 1. Scales are float32 and
+are never stored: activations of models in bfloat16 leave the range of half precision.
+
+The gradient takes the rounding of activations for the identity (straight through); weights are frozen.
+
+Source: DVD-Quant (arXiv 2505.18663), Eq. 10 (mode channel); groups of columns as in the kernels that the paper's
+speed was measured with, whose shape it does not give; token scales as in QuaRot (arXiv 2404.00456).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from hf_lowbit.kernels.hadamard import rotate
+from hf_lowbit.kernels.ops import LIBRARY, unobserved
+
+MODES = ("none", "token_group", "token", "channel", "channel_token")
+# Modes whose scales come out of the sum, so that codes are multiplied as integers.
+INTEGER_MODES = ("token_group", "token")
+UNROUNDED = 16  # "bits" that stand for activations as they are
+ACT_BITS = (*range(2, 9), UNROUNDED)
+
+
+class Sizes(NamedTuple):
+    """Scalars of a product, in the order of the op's last arguments.
+
+    Attributes:
+        in_features: columns of the weight.
+        bits: of a weight's code.
+        group_size: columns that share a weight scale, 0 for all.
+        rotation: order of the Hadamard blocks, 0 for none.
+        mode: one of :data:`MODES`.
+        act_bits: of an activation's code, one of :data:`ACT_BITS`.
+        act_group_size: columns that share an activation scale, for mode token_group.
+    """
+
+    in_features: int
+    bits: int
+    group_size: int
+    rotation: int = 0
+    mode: str = "none"
+    act_bits: int = 8
+    act_group_size: int = 0
+
+    @property
+    def rounds(self) -> bool:
+        """Whether activations are rounded."""
+        return self.mode != "none" and self.act_bits != UNROUNDED
+
+
+def check_act_bits(bits: Any) -> None:
+    """Raise ValueError unless activations can have so many bits."""
+    if type(bits) is not int or bits not in ACT_BITS:
+        raise ValueError(f"activations have 2 to 8 bits, or 16 for not rounded, got {bits!r}")
+
+
+def transform(x: Tensor, smooth: Tensor | None, signs: Tensor | None, rotation: int) -> Tensor:
+    """Return the rows that codes are made of.
+
+    Args:
+        x: (..., columns), floating.
+        smooth: (columns,), > 0, what columns are divided by, or None.
+        signs: (columns,), ±1, or None.
+        rotation: order of the Hadamard blocks, 0 for none.
+
+    Returns:
+        (..., columns), float32.
+    """
+    found = x.float()
+    if smooth is not None:
+        found = found / smooth.float()
+    if signs is not None:
+        found = found * signs.float()
+    return rotate(found, rotation)
+
+
+@dataclasses.dataclass
+class ActivationCodes:
+    """Activations on integer grids; ``x̃[i, j] ≈ codes[i, j] · token[i, g] · channel[j]`` for column j of group g.
+
+    Attributes:
+        codes: (tokens, columns), int8.
+        token: (tokens, groups) or (tokens, 1), float32; None if all tokens share ``channel``.
+        channel: (1, columns), float32, or None.
+        group_size: columns of a group of ``token``.
+    """
+
+    codes: Tensor
+    token: Tensor | None
+    channel: Tensor | None
+    group_size: int
+
+    def dequantized(self) -> Tensor:
+        """Return (tokens, columns), float32."""
+        found = self.codes.float()
+        if self.token is not None:
+            found = found * spread(self.token, self.group_size, found.shape[1])
+        return found if self.channel is None else found * self.channel
+
+
+def spread(scale: Tensor, group_size: int, columns: int) -> Tensor:
+    """Repeat scales (rows, groups) for the columns of each group: (rows, columns), or (rows, 1) for one group."""
+    if scale.shape[1] == 1:
+        return scale
+    return scale.repeat_interleave(group_size, dim=1)[:, :columns]
+
+
+def quantize_activation(x: Tensor, mode: str, bits: int, group_size: int = 0) -> ActivationCodes:
+    """Round rows to integers with scales that come from the rows themselves.
+
+    Args:
+        x: (tokens, columns), float32, transformed; any number of tokens.
+        mode: one of :data:`MODES` but "none".
+        bits: 2 to 8.
+        group_size: columns that share a scale, for mode token_group; the last group of a row may be shorter.
+
+    Returns:
+        Codes ``round(x / s)``, half to even, with ``s = max|x| / (2^(bits-1) - 1)``; 0 with scale NaN where NaN or
+        infinity was.
+
+    Source: DVD-Quant, Eq. 10, for mode channel: ``Λ = diag(s_j)``, ``s_j = max_i |x_ij|``, ``X̂ = Q(X Λ⁻¹)`` with Q on
+    a fixed grid of [-1, 1]. The paper does not say whether grids have a zero point; rotated rows are centred at 0, so
+    they have none here.
+    """
+    most = 2 ** (bits - 1) - 1
+    tokens, columns = x.shape
+    if mode == "token_group":
+        groups = -(-columns // group_size)
+        parts = pad(x, (0, groups * group_size - columns)).view(tokens, groups, group_size)
+        token = _step(parts.abs().amax(2), most)
+        codes = _rounded(parts, token.unsqueeze(2), most).reshape(tokens, groups * group_size)[:, :columns]
+        return ActivationCodes(codes.contiguous(), token, None, group_size)
+    if mode == "token":
+        token = _step(x.abs().amax(1, keepdim=True), most)
+        return ActivationCodes(_rounded(x, token, most), token, None, columns)
+    if mode not in ("channel", "channel_token"):
+        raise ValueError(f"activation mode must be one of {', '.join(MODES[1:])}, got {mode!r}")
+    largest = x.abs().amax(0, keepdim=True) if tokens else x.new_zeros((1, columns))
+    if mode == "channel":
+        channel = _step(largest, most)
+        return ActivationCodes(_rounded(x, channel, most), None, channel, columns)
+    channel = _step(largest, 1)
+    even = x / channel
+    token = _step(even.abs().amax(1, keepdim=True), most)
+    return ActivationCodes(_rounded(even, token, most), token, channel, columns)
+
+
+def _step(largest: Tensor, most: int) -> Tensor:
+    """Scale of a group from its largest magnitude: 1 where that is 0 or vanishes, NaN where it is not finite."""
+    step = largest / most
+    step = torch.where(step == 0, torch.ones_like(step), step)
+    return torch.where(torch.isfinite(step), step, torch.full_like(step, math.nan))
+
+
+def _rounded(x: Tensor, step: Tensor, most: int) -> Tensor:
+    """Codes; what is not finite becomes 0, its scale says the rest (a cast of NaN to integers is undefined)."""
+    return (x / step).round().clamp(-most, most).nan_to_num(0.0).to(torch.int8)
+
+
+def integer_form(
+    found: ActivationCodes, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    """Multiply codes by codes, the way kernels do; for tests and as their description.
+
+    Args:
+        found: of modes token_group or token.
+        codes: (n, columns), uint8, unpacked codes of the weight.
+        scale: (n, groups), floating.
+        zero: (n, groups), whole numbers, or None for the middle of the range.
+        bits: of a weight's code.
+        group_size: columns that share a weight scale, 0 for all.
+
+    Returns:
+        (tokens, n), float32, without bias.
+    """
+    columns = codes.shape[1]
+    if found.token is None or found.channel is not None:
+        raise ValueError("scales of channels cannot be taken out of the sum")
+    ends = {columns, *range(0, columns, group_size or columns), *range(0, columns, found.group_size)}
+    stretches = sorted(ends)
+    out = found.token.new_zeros((found.codes.shape[0], codes.shape[0]))
+    for start, end in itertools.pairwise(stretches):
+        group, own = (start // group_size if group_size else 0), start // found.group_size
+        middle: Any = 2 ** (bits - 1) if zero is None else zero[:, group, None].double()
+        # whole numbers below 2^53 are exact in float64
+        whole = found.codes[:, start:end].double() @ (codes[:, start:end].double() - middle).T
+        out += found.token[:, own, None] * scale[:, group].float() * whole.float()
+    return out
+
+
+# The op ----------------------------------------------------------------------------------------------------------
+
+LIBRARY.define(
+    "integer_act_linear(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor? smooth, "
+    "Tensor? signs, Tensor? act_bounds, int in_features, int bits, int group_size, int rotation, str mode, "
+    "int act_bits, int act_group_size) -> Tensor"
+)
+
+
+def check(x: Tensor, tensors: tuple[Tensor | None, ...], sizes: Sizes) -> None:
+    """Refuse what no product may see.
+
+    Args:
+        x: input.
+        tensors: packed, scale, zero_point, bias, smooth, signs, act_bounds.
+        sizes: of the weight.
+
+    Raises:
+        RuntimeError: says what does not fit.
+    """
+    packed, _, _, bias, smooth, signs, bounds = tensors
+    if packed is None:
+        raise RuntimeError("integer_act_linear: packed is missing")
+    if not x.is_floating_point():
+        raise RuntimeError(f"integer_act_linear: x must be floating point, got {x.dtype}")
+    if x.dim() < 1 or x.shape[-1] != sizes.in_features:
+        raise RuntimeError(
+            f"integer_act_linear: x has shape {tuple(x.shape)}, the weight has {sizes.in_features} columns"
+        )
+    if x.device != packed.device:
+        raise RuntimeError(f"integer_act_linear: x is on {x.device}, the weight on {packed.device}")
+    for name, tensor, length in (
+        ("bias", bias, packed.shape[0]),
+        ("smooth", smooth, sizes.in_features),
+        ("signs", signs, sizes.in_features),
+    ):
+        if tensor is not None and tensor.shape != (length,):
+            raise RuntimeError(f"integer_act_linear: {name} has shape {tuple(tensor.shape)}, expected ({length},)")
+    if sizes.mode not in MODES:
+        raise RuntimeError(f"integer_act_linear: mode must be one of {', '.join(MODES)}, got {sizes.mode!r}")
+    if (sizes.mode == "token_group") != (sizes.act_group_size > 0):
+        raise RuntimeError("integer_act_linear: act_group_size is needed for mode token_group, and only then")
+    if bounds is not None:
+        raise RuntimeError("integer_act_linear: act_bounds belong to mode static only")
+    check_act_bits(sizes.act_bits)
+
+
+def reference(x: Tensor, tensors: tuple[Tensor | None, ...], sizes: Sizes) -> Tensor:
+    """Multiply in the dequantized form, in float32; the definition. Arguments as :func:`check` has them."""
+    packed, scale, zero_point, bias, smooth, signs, _ = tensors
+    rows = transform(x.reshape(-1, sizes.in_features), smooth, signs, sizes.rotation)
+    if sizes.rounds:
+        rows = quantize_activation(rows, sizes.mode, sizes.act_bits, sizes.act_group_size).dequantized()
+    weight = torch.ops.hf_lowbit.integer_dequantize(
+        packed, scale, zero_point, sizes.in_features, sizes.bits, sizes.group_size
+    )
+    out = linear(rows, weight, None if bias is None else bias.float())
+    return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _linear(x: Tensor, *arguments: Any) -> Tensor:
+    tensors, sizes = arguments[:7], Sizes(*arguments[7:])
+    check(x, tensors, sizes)
+    return reference(x, tensors, sizes)
+
+
+def _linear_fake(x: Tensor, *arguments: Any) -> Tensor:
+    check(x, arguments[:7], Sizes(*arguments[7:]))
+    return x.new_empty((*x.shape[:-1], arguments[0].shape[0]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, scale, zero_point, bias, smooth, signs, _, *sizes = inputs
+    ctx.save_for_backward(packed, scale, zero_point, smooth, signs)
+    ctx.sizes = Sizes(*sizes)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return gradients of the input and the bias; rounding counts as the identity, the weight is frozen."""
+    packed, scale, zero_point, smooth, signs = ctx.saved_tensors
+    sizes: Sizes = ctx.sizes
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.hf_lowbit.integer_dequantize(
+            packed, scale, zero_point, sizes.in_features, sizes.bits, sizes.group_size
+        )
+        grad_x = untransform(grad.float() @ weight, None, signs, sizes.rotation)
+        grad_x = (grad_x if smooth is None else grad_x / smooth.float()).to(grad.dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return (grad_x, None, None, None, grad_bias, *([None] * 10))
+
+
+def untransform(rows: Tensor, smooth: Tensor | None, signs: Tensor | None, rotation: int) -> Tensor:
+    """Return rows of a weight that was made for transformed inputs in the basis of plain inputs.
+
+    ``x̃ W̃ᵀ = x Wᵀ`` with ``W = ((W̃ (I ⊗ H)ᵀ) · signs) / smooth``: a weight is multiplied by ``smooth``, and ``signs``
+    and rotation are orthogonal.
+
+    Args:
+        rows: (..., columns), floating.
+        smooth: (columns,) or None.
+        signs: (columns,) or None.
+        rotation: order of the Hadamard blocks.
+
+    Returns:
+        (..., columns), dtype of ``rows``.
+    """
+    found = rotate(rows, rotation, inverse=True)
+    found = found if signs is None else found * signs.to(rows.dtype)
+    return found if smooth is None else found / smooth.to(rows.dtype)
+
+
+LIBRARY.impl("integer_act_linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_lowbit::integer_act_linear", _linear_fake, lib=LIBRARY)
+torch.library.register_autograd("hf_lowbit::integer_act_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def integer_act_linear(x: Tensor, tensors: tuple[Tensor | None, ...], sizes: Sizes) -> Tensor:
+    """Transform and round an input, and multiply it by an ``integer`` weight.
+
+    Args:
+        x: (..., in_features), floating.
+        tensors: packed, scale and zero_point as in :func:`hf_lowbit.kernels.integer.integer_linear`; bias
+            (out_features,); smooth (in_features,), > 0; signs (in_features,), ±1; act_bounds, for mode static. All
+            but the first two may be None.
+        sizes: of the weight, and how activations are rounded.
+
+    Returns:
+        (..., out_features), dtype of ``x``.
+
+    Raises:
+        RuntimeError: shapes or devices do not fit.
+    """
+    arguments = (*tensors, *sizes)
+    if unobserved(x, tensors[3]):
+        return _linear(x, *arguments)
+    out: Tensor = torch.ops.hf_lowbit.integer_act_linear(x, *arguments)
+    return out
