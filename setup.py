@@ -6,8 +6,14 @@ import sys
 from setuptools import Extension, setup
 
 FOLDER = "hf_lowbit/kernels/cpu/csrc"
-NAMES = ("api", "tile_avx512", "expand_avx512bf16", "tile_avx2", "tile_portable", "wide_amx")
-HEADERS = ("avx512.h", "binary.h", "expand.h", "half.h", "tile.h")
+# library -> its sources and headers
+LIBRARIES = {
+    "_binary": (
+        ("api", "tile_avx512", "expand_avx512bf16", "tile_avx2", "tile_portable", "wide_amx"),
+        ("avx512.h", "binary.h", "expand.h", "half.h", "tile.h"),
+    ),
+    "_low_rank": (("low_rank", "low_rank_avx2", "low_rank_avx512"), ("half.h", "low_rank.h", "low_rank_tile.h")),
+}
 
 flags = ["-O3", "-g0", "-std=c++17", "-fno-strict-aliasing", "-fvisibility=default"]
 # the OpenMP runtime that torch brings is shared, so that torch.set_num_threads counts; clang on macOS has none
@@ -16,13 +22,14 @@ openmp = ["-fopenmp"] if sys.platform == "linux" else []
 setup(
     ext_modules=[
         Extension(
-            "hf_lowbit.kernels.cpu._binary",
-            sources=[f"{FOLDER}/{name}.cpp" for name in NAMES],
-            depends=[f"{FOLDER}/{name}" for name in HEADERS],
+            f"hf_lowbit.kernels.cpu.{library}",
+            sources=[f"{FOLDER}/{name}.cpp" for name in names],
+            depends=[f"{FOLDER}/{name}" for name in headers],
             extra_compile_args=[*flags, *openmp],
             extra_link_args=openmp,
             optional=True,
         )
+        for library, (names, headers) in LIBRARIES.items()
     ]
     if platform.system() != "Windows"
     else []

@@ -1,6 +1,6 @@
-"""The compiled library: found, checked, and its functions with their argument types.
+"""The compiled libraries: how they are found and checked, and that of ``binary`` with its functions' argument types.
 
-It is plain C underneath (no torch, no Python), so one build serves every version of either.
+They are plain C underneath (no torch, no Python), so one build serves every version of either.
 """
 
 from __future__ import annotations
@@ -41,22 +41,39 @@ class Job(ctypes.Structure):
     _fields_ = (("weight", ctypes.POINTER(Weight)), ("bias", ctypes.c_void_p), ("y", ctypes.c_void_p))
 
 
-@functools.cache
-def load() -> tuple[Any, str]:
-    """Return the library and the name of the processor's instruction set, or None and why there is none."""
+def open_library(name: str, abi: str, version: int) -> tuple[Any, str]:
+    """Open a compiled library of this folder.
+
+    Args:
+        name: of its file, without the ending.
+        abi: function of the library that returns the version of its interface.
+        version: that is needed.
+
+    Returns:
+        The library and nothing, or None and why there is none.
+    """
     folder = Path(__file__).parent
-    found = [folder / f"{_NAME}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    found = [folder / f"{name}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     file = next((path for path in found if path.exists()), None)
     if file is None:
         return None, "it was not built: there was no C++ compiler when the package was installed"
     try:
         library = ctypes.CDLL(str(file))
-        library.hflb_abi.restype = library.hflb_isa.restype = ctypes.c_int
-        if library.hflb_abi() != ABI:
+        if getattr(library, abi)() != version:
             return None, "it was built for another version of the package; install the package again"
     except (OSError, AttributeError) as error:
         logger.debug("%s", error)
         return None, f"it cannot be loaded ({type(error).__name__})"  # the message may quote a path
+    return library, ""
+
+
+@functools.cache
+def load() -> tuple[Any, str]:
+    """Return the library of ``binary`` and the processor's instruction set, or None and why there is none."""
+    library, reason = open_library(_NAME, "hflb_abi", ABI)
+    if library is None:
+        return None, reason
+    library.hflb_isa.restype = ctypes.c_int
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.hflb_linear.restype = ctypes.c_int
     library.hflb_linear.argtypes = [
