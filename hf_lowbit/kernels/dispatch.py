@@ -1,44 +1,20 @@
-"""Which kernel multiplies: each says for a case whether it can, or why not, and the first that can is taken.
-
-There is no environment variable. :func:`forced` is for tests and measurements, and for the opt-in fast mode.
-"""
+"""Which kernel multiplies by a ``binary`` weight; :mod:`hf_lowbit.kernels.choice` says how one is chosen."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_lowbit.kernels import reference
+from hf_lowbit.kernels.choice import Kernel, Table
+from hf_lowbit.kernels.choice import forced as forced
+from hf_lowbit.kernels.choice import forced_name as forced_name
 from hf_lowbit.kernels.cpu import binary as cpu
 
 Parts = tuple[Any, ...]
 Sizes = tuple[int, int, int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One way to multiply by a ``binary`` weight.
-
-    Attributes:
-        name: for :func:`forced` and for tables.
-        summary: what it does, in a few words.
-        opt_in: never taken unless forced.
-        why_not: ``(dtype, device type, parts, sizes) -> reason or None``.
-        linear: ``(x, parts, bias, sizes) -> out``.
-        dequantize: ``(parts, sizes) -> weight``, or None for the reference.
-    """
-
-    name: str
-    summary: str
-    why_not: Callable[[torch.dtype, str, Parts, Sizes], str | None]
-    linear: Callable[[Tensor, Parts, Tensor | None, Sizes], Tensor]
-    dequantize: Callable[[Parts, Sizes], Tensor] | None = None
-    opt_in: bool = False
 
 
 def _cpu_why_not(dtype: torch.dtype, device: str, parts: Parts, sizes: Sizes) -> str | None:
@@ -69,76 +45,21 @@ def _reference(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes) -> Te
     return reference.binary_linear(x, *arguments)
 
 
-# In order of preference.
-KERNELS = {
-    kernel.name: kernel
-    for kernel in (
-        Kernel("cpu", "C++ on the packed planes, exact to the dtype", _cpu_why_not, cpu.linear, cpu.dequantize),
-        Kernel(
-            "cpu-int8",
-            "C++ with activations of 8 bits, relative error about 0.006",
-            _cpu_why_not,
-            lambda x, parts, bias, sizes: cpu.linear(x, parts, bias, sizes, digits=1),
-            cpu.dequantize,
-            opt_in=True,
-        ),
-        Kernel("triton", "Triton on the packed planes, not yet timed on a GPU", _triton_why_not, _triton_linear),
-        Kernel("reference", "plain torch, rebuilds the dense weight in every call", lambda *_: None, _reference),
-    )
-}
-_forced: str | None = None
-
-
-@contextlib.contextmanager
-def forced(name: str) -> Iterator[None]:
-    """Use one kernel within a ``with`` statement, in all threads.
-
-    Raises:
-        ValueError: there is no kernel of this name.
-    """
-    global _forced
-    if name not in KERNELS:
-        raise ValueError(f"unknown kernel {name!r}; known: {', '.join(KERNELS)}")
-    before, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def forced_name() -> str | None:
-    """Return the name that :func:`forced` asks for; ops with a table of their own look it up there."""
-    return _forced
-
-
-def choose(dtype: torch.dtype, device: str, parts: Parts, sizes: Sizes) -> Kernel:
-    """Return the kernel for a case.
-
-    Raises:
-        RuntimeError: a kernel is forced that cannot do it; with the reason.
-    """
-    if _forced is not None:
-        kernel = KERNELS[_forced]
-        reason = kernel.why_not(dtype, device, parts, sizes)
-        if reason is not None:
-            raise RuntimeError(f"kernel {kernel.name!r} was asked for and cannot multiply: {reason}")
-        return kernel
-    return next(k for k in KERNELS.values() if not k.opt_in and k.why_not(dtype, device, parts, sizes) is None)
-
-
-def reasons(dtype: torch.dtype, device: str, parts: Parts, sizes: Sizes) -> dict[str, str]:
-    """Return for every kernel why it is taken or not, for tables."""
-    found, taken = {}, False
-    for name, kernel in KERNELS.items():
-        reason = kernel.why_not(dtype, device, parts, sizes)
-        if reason is not None:
-            found[name] = f"cannot: {reason}"
-        elif kernel.opt_in:
-            found[name] = f"on request: {kernel.summary}"
-        else:
-            found[name] = f"{'could, but is slower' if taken else 'taken'}: {kernel.summary}"
-            taken = True
-    return found
+# A case is (dtype of x, device type, parts, sizes).
+TABLE = Table(
+    Kernel("cpu", "C++ on the packed planes, exact to the dtype", _cpu_why_not, cpu.linear, cpu.dequantize),
+    Kernel(
+        "cpu-int8",
+        "C++ with activations of 8 bits, relative error about 0.006",
+        _cpu_why_not,
+        lambda x, parts, bias, sizes: cpu.linear(x, parts, bias, sizes, digits=1),
+        cpu.dequantize,
+        opt_in=True,
+    ),
+    Kernel("triton", "Triton on the packed planes, not yet timed on a GPU", _triton_why_not, _triton_linear),
+    Kernel("reference", "plain torch, rebuilds the dense weight in every call", lambda *_: None, _reference),
+)
+choose, reasons = TABLE.choose, TABLE.reasons
 
 
 def binary_linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes) -> Tensor:

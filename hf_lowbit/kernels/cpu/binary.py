@@ -13,6 +13,7 @@ in an ARB-LLM_RC layer of 2.88, 4096 x 4096 with 9 % salient columns (``python -
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, Job, Weight, has_amx, load
+from hf_lowbit.kernels.cpu.scratch import multiply_unpacked
 from hf_lowbit.kernels.planes import GROUP, pack_plane, padded_columns, unpack_plane
 from hf_lowbit.kernels.reference import kept_columns, salient_groups, spread
 
@@ -28,8 +30,6 @@ DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 # Above so many tokens unpacking pays, with tiles (bfloat16 where the processor has AMX) and without; measured with
 # `python -m benchmarks.kernels`.
 MOST_TOKENS_TILES, MOST_TOKENS = 8, 16
-# Of the unpacked rows: more do not stay in a cache, fewer make the product slow.
-_SCRATCH_BYTES, _LEAST_ROWS = 8 << 20, 256
 Parts = tuple[Any, ...]
 Sizes = tuple[int, int, int, int]
 
@@ -317,14 +317,7 @@ def _unpacking(x: Tensor, made: Prepared, bias: Tensor | None) -> Tensor:
     flat = x.view(-1, columns)
     if made.slots is not None:
         flat = torch.cat([flat.index_fill(1, made.salient, 0), flat[:, made.slots].index_fill_(1, made.unused, 0)], 1)
-    out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
-    target, right = out.view(-1, rows), flat.T
-    most = max(_LEAST_ROWS, _SCRATCH_BYTES // (flat.shape[1] * x.element_size()))
-    scratch = torch.empty((min(rows, most), flat.shape[1]), dtype=x.dtype)
-    for start in range(0, rows, most):
-        end = min(start + most, rows)
-        unpack_rows(made, start, end, scratch, apart=True)
-        target[:, start:end] = torch.mm(scratch[: end - start], right).T  # faster than with the weight on the right
+    out = multiply_unpacked(flat, rows, functools.partial(unpack_rows, made, apart=True)).view(*x.shape[:-1], rows)
     return out if bias is None else out.add_(bias)
 
 

@@ -1,0 +1,33 @@
+"""Products of many tokens with a packed weight: some rows at a time are unpacked and multiplied there by torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Of the unpacked rows: more do not stay in a cache, fewer make the product slow.
+_SCRATCH_BYTES, _LEAST_ROWS = 8 << 20, 256
+
+
+def multiply_unpacked(x: Tensor, rows: int, unpack: Callable[[int, int, Tensor], None]) -> Tensor:
+    """Multiply by a weight of which no dense copy is ever whole.
+
+    Args:
+        x: (tokens, columns), contiguous.
+        rows: of the weight.
+        unpack: writes rows from a first to a last one into a contiguous buffer of the dtype of ``x``.
+
+    Returns:
+        (tokens, rows), dtype of ``x``.
+    """
+    out = x.new_empty((x.shape[0], rows))
+    right = x.T
+    most = max(_LEAST_ROWS, _SCRATCH_BYTES // (x.shape[1] * x.element_size()))
+    scratch = torch.empty((min(rows, most), x.shape[1]), dtype=x.dtype)
+    for start in range(0, rows, most):
+        end = min(start + most, rows)
+        unpack(start, end, scratch)
+        out[:, start:end] = torch.mm(scratch[: end - start], right).T  # faster than with the weight on the right
+    return out
