@@ -224,7 +224,7 @@ def output_wrappers(block: nn.Module, hidden: list[Tensor], calls: list[BlockCal
 
 @contextlib.contextmanager
 def collect_stats(
-    linears: dict[str, nn.Module], batch_sizes: Sequence[int] | None = None
+    linears: dict[str, nn.Module], batch_sizes: Sequence[int] | None = None, keep: int = 0
 ) -> Iterator[dict[str, LinearStats]]:
     """Gather the inputs of linear layers while blocks run within the ``with`` statement.
 
@@ -233,6 +233,7 @@ def collect_stats(
     Args:
         linears: layers by full name.
         batch_sizes: sequences in each batch, for models that flatten them; by default the leading dimension counts.
+        keep: rows of every batch that are kept as a sample of the inputs.
 
     Yields:
         Statistics by name; complete when the statement ends.
@@ -252,7 +253,7 @@ def collect_stats(
             if name not in owner:
                 owner[name] = twin or name
                 if owner[name] == name:
-                    stats[name] = LinearStats(name, inputs.shape[-1], inputs.device)
+                    stats[name] = LinearStats(name, inputs.shape[-1], inputs.device, keep)
                 else:
                     stats[name] = stats[owner[name]]
             if owner[name] == name:

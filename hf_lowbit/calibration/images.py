@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from hf_lowbit.config import CalibrationRecord
 from hf_lowbit.errors import CalibrationError
+from hf_lowbit.image_config import images_kind
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-# Of one patch: far beyond any use; a larger product is a slip.
-_MOST_PIXELS = 2**31
 
 
 def load_images(data: Any) -> list[Tensor]:
@@ -163,3 +163,94 @@ def padded(images: Tensor, multiple: int) -> Tensor:
             images = torch.cat([images, mirrored], dimension)
             missing -= part
     return images
+
+
+def calibration_patches(config: Any, scale: int | None, multiple: int) -> tuple[Tensor, CalibrationRecord]:
+    """Return the calibration patches of a config, and the record that is saved in place of the images.
+
+    Every image gives as many patches as the others, or one less; each is cut at random, mirrored and turned at random.
+
+    Args:
+        config: an ``ImageConfig`` with data.
+        scale: how many times larger the model makes images, None if it does not say.
+        multiple: sides of what the model receives must be multiples of it, usually of a window.
+
+    Returns:
+        (samples, 3, H, W), float32, 0 to 1, as the model receives them, and a record with the hash of their pixels.
+
+    Raises:
+        CalibrationError: no images, or the model does not say by how much they must be shrunk.
+    """
+    if config.calibration is None or isinstance(config.calibration, CalibrationRecord):
+        raise CalibrationError("this config names no calibration images; a stored config only records what was used")
+    if config.degradation == "bicubic" and scale is None:
+        raise CalibrationError(
+            "the model's config has no 'upscale', so it is not known by how much images must be shrunk; pass images "
+            "as the model receives them, with degradation='none'"
+        )
+    images = [image.unsqueeze(0) for image in load_images(config.calibration)]
+    if config.degradation == "bicubic" and scale is not None:
+        if small := [n for n, image in enumerate(images) if min(image.shape[-2:]) < scale]:
+            raise CalibrationError(f"image {small[0]}: is smaller than the scale {scale} that it would be shrunk by")
+        images = [shrink(image, scale) for image in images]
+    size = config.patch_size
+    if small := [n for n, image in enumerate(images) if min(image.shape[-2:]) < max(size, multiple)]:
+        logger.warning(
+            "%d of %d calibration images are smaller than a patch of %d pixels and are mirrored at their edges; "
+            "lower patch_size or use larger images",
+            len(small),
+            len(images),
+            max(size, multiple),
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(images), generator=generator).tolist()
+    patches = []
+    for number in range(config.samples):
+        image = _at_least(images[order[number % len(images)]], size)
+        top, left = (int(torch.randint(side - size + 1, (1,), generator=generator)) for side in image.shape[-2:])
+        mirror, turns = torch.randint(1 << 30, (2,), generator=generator).tolist()
+        patch = image[..., top : top + size, left : left + size]
+        patches.append(torch.rot90(patch.flip(-1) if mirror % 2 else patch, turns % 4, (-2, -1)))
+    batch = padded(torch.cat(patches), multiple).contiguous()
+    digest = hashlib.sha256((batch * 255).round().to(torch.uint8).numpy().tobytes()).hexdigest()
+    pixels = batch.shape[0] * batch.shape[2] * batch.shape[3]
+    return batch, CalibrationRecord(kind=images_kind(config.calibration), sha256=digest, tokens=pixels)
+
+
+def _at_least(image: Tensor, size: int) -> Tensor:
+    """Mirror those sides of an image at its edges that are shorter than ``size``."""
+    height, width = image.shape[-2:]
+    if min(height, width) >= size:
+        return image
+    return padded(image, size)[..., : max(height, size), : max(width, size)]
+
+
+def reconstructed(model: Any, images: Tensor, scale: int, multiple: int) -> Tensor:
+    """Enlarge images with a model, whatever their size.
+
+    Args:
+        model: takes a batch, returns the enlarged one, or an output with ``reconstruction``.
+        images: (N, 3, H, W), 0 to 1.
+        scale: how many times larger.
+        multiple: see :func:`padded`.
+
+    Returns:
+        (N, 3, scale · H, scale · W), float32, clipped to 0 to 1.
+    """
+    height, width = images.shape[-2:]
+    with torch.inference_mode():
+        output = model(padded(images, multiple))
+    output = getattr(output, "reconstruction", output)
+    return output[..., : scale * height, : scale * width].float().clamp(0, 1)
+
+
+def scale_of(model: Any) -> int | None:
+    """Return how many times larger a model makes images, as its config says; None if it does not."""
+    scale = getattr(getattr(model, "config", None), "upscale", None)
+    return scale if isinstance(scale, int) and scale >= 1 else None
+
+
+def multiple_of(model: Any) -> int:
+    """Return what sides of a model's inputs must be multiples of: its window, 1 if its config names none."""
+    window = getattr(getattr(model, "config", None), "window_size", 1)
+    return window if isinstance(window, int) and window >= 1 else 1

@@ -22,11 +22,16 @@ class LinearStats:
         total: (in_features, in_features), float64, Σ x xᵀ over all tokens.
         tokens: number of tokens seen.
         sequences: number of sequences seen.
+        low: least input seen, where a sample is kept.
+        high: largest input seen, where a sample is kept.
     """
 
-    def __init__(self, name: str, in_features: int, device: torch.device | str = "cpu") -> None:
-        """Start with nothing seen."""
+    def __init__(self, name: str, in_features: int, device: torch.device | str = "cpu", keep: int = 0) -> None:
+        """Start with nothing seen; of every batch ``keep`` rows, evenly spaced, go into a sample."""
         self.name = name
+        self.keep = keep
+        self.low, self.high = float("inf"), float("-inf")
+        self._kept: list[Tensor] = []
         self.total = torch.zeros((in_features, in_features), dtype=torch.float64, device=device)
         self.tokens = 0
         self.sequences = 0
@@ -47,9 +52,18 @@ class LinearStats:
             bad = int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
             sample = self.sequences + bad * sequences // rows.shape[0]
             raise CalibrationError(f"{self.name}: inputs hold NaN or infinity in calibration sample {sample}")
+        if self.keep and len(rows):
+            chosen = torch.linspace(0, len(rows) - 1, min(self.keep, len(rows)), dtype=torch.float64).long()
+            self._kept.append(rows[chosen.to(rows.device)].cpu())
+            self.low, self.high = min(self.low, float(rows.min())), max(self.high, float(rows.max()))
         self.total += rows.T @ rows
         self.tokens += rows.shape[0]
         self.sequences += sequences
+
+    @property
+    def sample(self) -> Tensor | None:
+        """Rows kept of the inputs, (rows, in_features), float32; None if none were."""
+        return torch.cat(self._kept) if self._kept else None
 
     def second_moment(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return ``H = (2 / sequences) Σ x xᵀ``, (in_features, in_features), by default in float32.

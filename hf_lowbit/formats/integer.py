@@ -4,16 +4,21 @@
 tensor                shape, dtype                           present
 ====================  =====================================  ==============================================
 ``packed``            (n, ⌈m · bits / 8⌉), uint8             always; codes, first column lowest
-``scale``             (n, groups), ``scale_dtype``           always, >= 0
+``scale``             (n, groups), ``scale_dtype``           unless ``parts``; >= 0
+``bounds``            (parts, 2), float32                    if ``parts``; both ends of the grid of so many rows
 ``zero_point``        (n, ⌈groups · bits / 8⌉), uint8        unless ``symmetric``; packed like codes
 ``smooth``            (m,), ``scale_dtype``                  if ``smooth``; > 0
 ``rotation_signs``    (m,), int8                             if ``rotation_signs``; +1 and -1
+``act_bounds``        (2,), float32                          if ``activation`` is static; ends of the inputs' grid
 ====================  =====================================  ==============================================
 
 What a value is, :mod:`hf_lowbit.kernels.integer` defines. On disk each is called ``<module>.weight_<name>``. A group
 is ``group_size`` columns, the last one of a row may be shorter; 0 makes one group of the row. Bits per weight are
 ``bits + (16 + bits) / group_size`` with zero points and scales of 16 bits, padding of each row to bytes aside, and
 24 bits per column, over all rows, for what changes the basis.
+
+With ``parts`` the weight has one grid for all of it, or for each of so many equal parts of its rows (queries, keys and
+values in one): ``w = l + code · (u - l) / (2^bits - 1)`` for ends l <= u of any sign, and with u = l all are l.
 
 The codes may stand for the weight in another basis: inputs are divided by ``smooth``, multiplied by the signs and
 rotated by Hadamard blocks before the product, and may be rounded to integers then, which
@@ -35,7 +40,14 @@ from torch import Tensor
 
 from hf_lowbit.formats.base import Format, Shapes, Spec, register_format
 from hf_lowbit.formats.bits import scale_problems
-from hf_lowbit.kernels.activation import MODES, Sizes, check_act_bits, integer_act_linear, untransform
+from hf_lowbit.kernels.activation import (
+    MODES,
+    Sizes,
+    check_act_bits,
+    integer_act_linear,
+    range_step,
+    untransform,
+)
 from hf_lowbit.kernels.hadamard import core_of
 from hf_lowbit.kernels.integer import BITS, code_bytes, integer_linear, pack_codes, unpack_codes
 
@@ -57,6 +69,7 @@ class IntegerSpec(Spec):
         activation: how inputs are rounded, one of :data:`hf_lowbit.kernels.activation.MODES`.
         act_bits: of an activation's code, 2 to 8, unless a call chooses others.
         act_group_size: columns that share an activation scale, for ``token_group``.
+        parts: equal parts of the rows that have one grid each, whose ends are stored; 0 for scales.
     """
 
     bits: int = 4
@@ -69,6 +82,7 @@ class IntegerSpec(Spec):
     activation: str = "none"
     act_bits: int = 8
     act_group_size: int = 0
+    parts: int = 0
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, empty if nothing is."""
@@ -83,6 +97,12 @@ class IntegerSpec(Spec):
         if not isinstance(self.scale_dtype, str) or self.scale_dtype not in SCALE_DTYPES:
             names = ", ".join(SCALE_DTYPES)
             found.append(f"scale_dtype must be one of {names}, got {reprlib.repr(self.scale_dtype)}")
+        if type(self.parts) is not int or not 0 <= self.parts <= 2**24:
+            found.append(f"parts must be an integer from 0 to {2**24}, got {reprlib.repr(self.parts)}")
+        elif not found and self.parts and (self.out_features % self.parts or self.group_size or not self.symmetric):
+            found.append(
+                f"parts {self.parts} must divide out_features {self.out_features}, with neither groups nor zero points"
+            )
         return found or self._basis_problems() + self._activation_problems()
 
     def _basis_problems(self) -> list[str]:
@@ -124,10 +144,12 @@ class IntegerFormat(Format):
     """Tensors of an ``integer`` weight; shapes and meaning in the module docstring."""
 
     packed: Tensor
-    scale: Tensor
+    scale: Tensor | None = None
     zero_point: Tensor | None = None
     smooth: Tensor | None = None
     rotation_signs: Tensor | None = None
+    bounds: Tensor | None = None
+    act_bounds: Tensor | None = None
 
     name: ClassVar[str] = "integer"
     spec_type: ClassVar[type[Spec]] = IntegerSpec
@@ -136,16 +158,19 @@ class IntegerFormat(Format):
     def shapes(cls, spec: IntegerSpec) -> Shapes:
         """Return ``{tensor name: (shape, dtype)}`` of every tensor that ``spec`` calls for."""
         rows, groups = spec.out_features, spec.groups
-        found: Shapes = {
-            "packed": ((rows, code_bytes(spec.in_features, spec.bits)), torch.uint8),
-            "scale": ((rows, groups), SCALE_DTYPES[spec.scale_dtype]),
-        }
+        found: Shapes = {"packed": ((rows, code_bytes(spec.in_features, spec.bits)), torch.uint8)}
+        if spec.parts:
+            found["bounds"] = ((spec.parts, 2), torch.float32)
+        else:
+            found["scale"] = ((rows, groups), SCALE_DTYPES[spec.scale_dtype])
         if not spec.symmetric:
             found["zero_point"] = ((rows, code_bytes(groups, spec.bits)), torch.uint8)
         if spec.smooth:
             found["smooth"] = ((spec.in_features,), SCALE_DTYPES[spec.scale_dtype])
         if spec.rotation_signs:
             found["rotation_signs"] = ((spec.in_features,), torch.int8)
+        if spec.activation == "static":
+            found["act_bounds"] = ((2,), torch.float32)
         return found
 
     @classmethod
@@ -153,20 +178,24 @@ class IntegerFormat(Format):
         cls,
         spec: IntegerSpec,
         codes: Tensor,
-        scale: Tensor,
+        scale: Tensor | None = None,
         zero_point: Tensor | None = None,
         smooth: Tensor | None = None,
         rotation_signs: Tensor | None = None,
+        bounds: Tensor | None = None,
+        act_bounds: Tensor | None = None,
     ) -> IntegerFormat:
         """Pack codes, scales and zero points.
 
         Args:
             spec: what they are.
             codes: (n, m), integers from 0 to ``2^bits - 1``, of the weight in the basis of the spec.
-            scale: (n, groups), >= 0.
+            scale: (n, groups), >= 0, unless the spec has parts.
             zero_point: (n, groups), integers of the same range, unless the spec is symmetric.
             smooth: (m,), > 0, if the spec has it.
             rotation_signs: (m,), +1 and -1, if the spec has them.
+            bounds: (parts, 2), both ends of each grid, if the spec has parts.
+            act_bounds: (2,), both ends of the grid of inputs, for activation static.
 
         Returns:
             A validated format on the device of the codes.
@@ -182,6 +211,9 @@ class IntegerFormat(Format):
         for name, vector, wanted in (
             ("smooth", smooth, spec.smooth),
             ("rotation_signs", rotation_signs, spec.rotation_signs),
+            ("scale", scale, not spec.parts),
+            ("bounds", bounds, bool(spec.parts)),
+            ("act_bounds", act_bounds, spec.activation == "static"),
         ):
             if wanted != (vector is not None):
                 problems.append(f"{name} is needed if the spec has it, and only then")
@@ -199,17 +231,25 @@ class IntegerFormat(Format):
         packed = cls(
             spec=spec,
             packed=pack_codes(codes, spec.bits),
-            scale=scale.to(dtype).contiguous(),
+            scale=None if scale is None else scale.to(dtype).contiguous(),
             zero_point=None if zero_point is None else pack_codes(zero_point, spec.bits),
             smooth=None if smooth is None else smooth.to(dtype).contiguous(),
             rotation_signs=None if rotation_signs is None else rotation_signs.to(torch.int8).contiguous(),
+            bounds=None if bounds is None else bounds.float().contiguous(),
+            act_bounds=None if act_bounds is None else act_bounds.float().contiguous(),
         )
         packed.validate("packed weight")
         return packed
 
     def check_values(self) -> list[str]:
         """Return what is wrong with the tensors' contents: padding, scales. Every code and zero point is legal."""
-        spec, found = self.spec, scale_problems("scale", self.scale, signed=False)
+        spec, found = self.spec, []
+        if self.scale is not None:
+            found += scale_problems("scale", self.scale, signed=False)
+        for name, ends in (("bounds", self.bounds), ("act_bounds", self.act_bounds)):
+            if ends is not None:
+                wrong = scale_problems(name, ends, signed=True)
+                found += wrong or ([f"{name}: an upper end lies below the lower"] if _reversed(ends) else [])
         for name, part, columns in (
             ("packed", self.packed, spec.in_features),
             ("zero_point", self.zero_point, spec.groups),
@@ -232,9 +272,20 @@ class IntegerFormat(Format):
     def _sizes(self) -> tuple[int, int, int]:
         return self.spec.in_features, self.spec.bits, self.spec.group_size
 
+    def _grid(self) -> tuple[Tensor, Tensor | None]:
+        """Return scales and zero points; those of ``bounds`` are floating, one for each row."""
+        if self.bounds is None:
+            if self.scale is None:
+                raise ValueError("an integer weight has scales or bounds")
+            return self.scale, self.zero_point
+        low, high = self.bounds.float().repeat_interleave(self.spec.out_features // self.spec.parts, 0).split(1, 1)
+        step = range_step(low, high, self.spec.bits)
+        return step, -low / step
+
     def unpack(self) -> Tensor:
         """Return the dense weight for plain inputs, (out_features, in_features), float32."""
-        dense: Tensor = torch.ops.hf_lowbit.integer_dequantize(self.packed, self.scale, self.zero_point, *self._sizes)
+        scale, zero_point = self._grid()
+        dense: Tensor = torch.ops.hf_lowbit.integer_dequantize(self.packed, scale, zero_point, *self._sizes)
         return untransform(dense, self.smooth, self.rotation_signs, self.spec.rotation)
 
     @classmethod
@@ -246,7 +297,7 @@ class IntegerFormat(Format):
         """Return ``x @ W.T + bias``; x (..., in_features), rounded as the spec says, result in the dtype of ``x``."""
         spec = self.spec
         if spec.activation == "none" and not spec.rotation and not spec.smooth:
-            return integer_linear(x, self.packed, self.scale, self.zero_point, bias, self._sizes)
+            return integer_linear(x, self.packed, *self._grid(), bias, self._sizes)
         return self._product(x, bias, spec.act_bits)
 
     def linear_at(self, x: Tensor, bias: Tensor | None, act_bits: int) -> Tensor:
@@ -263,5 +314,9 @@ class IntegerFormat(Format):
     def _product(self, x: Tensor, bias: Tensor | None, act_bits: int) -> Tensor:
         spec = self.spec
         sizes = Sizes(*self._sizes, spec.rotation, spec.activation, act_bits, spec.act_group_size)
-        tensors = (self.packed, self.scale, self.zero_point, bias, self.smooth, self.rotation_signs, None)
+        tensors = (self.packed, *self._grid(), bias, self.smooth, self.rotation_signs, self.act_bounds)
         return integer_act_linear(x, tensors, sizes)
+
+
+def _reversed(ends: Tensor) -> bool:
+    return bool((ends[..., 0] > ends[..., 1]).any())

@@ -25,8 +25,13 @@ token_group      (tokens, ⌈columns / group_size⌉)                           
 token            (tokens, 1)                                                 yes, one factor at the end
 channel          (1, columns), over all tokens of the call                   no: it varies inside the sum
 channel_token    (1, columns), then (tokens, 1) of what that leaves          no
-static           stored in the file, see ``act_bounds``                      not implemented by this module yet
+static           one for all calls, from the stored ``act_bounds`` (l, u)    yes
+dynamic          one for the call, from its least and largest value          yes
 ===============  ==========================================================  =====================================
+
+The last two have codes from 0 to ``2^bits - 1`` of a grid from l to u: ``x̃ ≈ s q + l``, ``s = (u - l) / (2^bits - 1)``.
+What lies outside is clipped, and u = l makes s = 1, q = 0. The integer form then has two more terms, of sums of codes:
+``s s_w (Σ q q_w - zero Σ q) + l s_w (Σ q_w - columns · zero)``.
 
 Bits are 2 to 8, or 16: nothing is rounded (to tell what weights cost apart from activations).
 
@@ -34,7 +39,7 @@ NaN and infinity are handed on, never clamped: whatever shares a scale with one 
 has NaN in all outputs; with a scale over tokens, all tokens do. A group of zeros has scale 1. Scales are float32 and
 are never stored: activations of models in bfloat16 leave the range of half precision.
 
-The gradient takes the rounding of activations for the identity (straight through); weights are frozen.
+The gradient takes the rounding of activations, and clipping, for the identity (straight through); weights are frozen.
 
 Source: DVD-Quant (arXiv 2505.18663), Eq. 10 (mode channel); groups of columns as in the kernels that the paper's
 speed was measured with, whose shape it does not give; token scales as in QuaRot (arXiv 2404.00456).
@@ -54,9 +59,12 @@ from torch.nn.functional import linear, pad
 from hf_lowbit.kernels.hadamard import rotate
 from hf_lowbit.kernels.ops import LIBRARY, unobserved
 
-MODES = ("none", "token_group", "token", "channel", "channel_token")
+SCALE_MODES = ("token_group", "token", "channel", "channel_token")
+# Modes whose codes are unsigned, on one grid with two ends.
+RANGE_MODES = ("static", "dynamic")
+MODES = ("none", *SCALE_MODES, *RANGE_MODES)
 # Modes whose scales come out of the sum, so that codes are multiplied as integers.
-INTEGER_MODES = ("token_group", "token")
+INTEGER_MODES = ("token_group", "token", *RANGE_MODES)
 UNROUNDED = 16  # "bits" that stand for activations as they are
 ACT_BITS = (*range(2, 9), UNROUNDED)
 
@@ -119,23 +127,26 @@ class ActivationCodes:
     """Activations on integer grids; ``x̃[i, j] ≈ codes[i, j] · token[i, g] · channel[j]`` for column j of group g.
 
     Attributes:
-        codes: (tokens, columns), int8.
-        token: (tokens, groups) or (tokens, 1), float32; None if all tokens share ``channel``.
+        codes: (tokens, columns), int8; uint8 for modes static and dynamic.
+        token: (tokens, groups), (tokens, 1) or (1, 1), float32; None if all tokens share ``channel``.
         channel: (1, columns), float32, or None.
         group_size: columns of a group of ``token``.
+        low: (1, 1), float32, what code 0 stands for; None for 0.
     """
 
     codes: Tensor
     token: Tensor | None
     channel: Tensor | None
     group_size: int
+    low: Tensor | None = None
 
     def dequantized(self) -> Tensor:
         """Return (tokens, columns), float32."""
         found = self.codes.float()
         if self.token is not None:
             found = found * spread(self.token, self.group_size, found.shape[1])
-        return found if self.channel is None else found * self.channel
+        found = found if self.channel is None else found * self.channel
+        return found if self.low is None else found + self.low
 
 
 def spread(scale: Tensor, group_size: int, columns: int) -> Tensor:
@@ -150,7 +161,7 @@ def quantize_activation(x: Tensor, mode: str, bits: int, group_size: int = 0) ->
 
     Args:
         x: (tokens, columns), float32, transformed; any number of tokens.
-        mode: one of :data:`MODES` but "none".
+        mode: one of :data:`SCALE_MODES`; of the others see :func:`quantize_range`.
         bits: 2 to 8.
         group_size: columns that share a scale, for mode token_group; the last group of a row may be shorter.
 
@@ -174,7 +185,7 @@ def quantize_activation(x: Tensor, mode: str, bits: int, group_size: int = 0) ->
         token = _step(x.abs().amax(1, keepdim=True), most)
         return ActivationCodes(_rounded(x, token, most), token, None, columns)
     if mode not in ("channel", "channel_token"):
-        raise ValueError(f"activation mode must be one of {', '.join(MODES[1:])}, got {mode!r}")
+        raise ValueError(f"activation mode must be one of {', '.join(SCALE_MODES)}, got {mode!r}")
     largest = x.abs().amax(0, keepdim=True) if tokens else x.new_zeros((1, columns))
     if mode == "channel":
         channel = _step(largest, most)
@@ -197,6 +208,53 @@ def _rounded(x: Tensor, step: Tensor, most: int) -> Tensor:
     return (x / step).round().clamp(-most, most).nan_to_num(0.0).to(torch.int8)
 
 
+def range_step(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Return the step of a grid of ``2^bits`` values with the given ends; 1 where both are one value."""
+    step = (high - low) / (2**bits - 1)
+    return torch.where(step > 0, step, torch.ones_like(step))
+
+
+def range_codes(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Return codes on a grid with two ends, whole numbers in the dtype of ``x``; NaN is handed on.
+
+    Args:
+        x: floating, any shape.
+        low: what code 0 stands for; broadcasts.
+        high: what the last code stands for, not below ``low``.
+        bits: of a code.
+    """
+    return ((torch.minimum(torch.maximum(x, low), high) - low) / range_step(low, high, bits)).round()
+
+
+def on_range(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Return the nearest values on a grid with two ends, see :func:`range_codes`."""
+    return range_codes(x, low, high, bits) * range_step(low, high, bits) + low
+
+
+def quantize_range(x: Tensor, bounds: Tensor | None, bits: int) -> ActivationCodes:
+    """Round rows on one grid.
+
+    Args:
+        x: (tokens, columns), float32.
+        bounds: (2,), least and largest value of the grid; None takes those of ``x``.
+        bits: 2 to 8.
+
+    Returns:
+        Codes, uint8. The step of a token with NaN or infinity is NaN: to clip what has overflowed would hide it. Where
+        the range comes from ``x``, all tokens are NaN then.
+
+    Source: 2DQuant (arXiv 2406.06649), Eq. 1 and 2.
+    """
+    ends = bounds
+    if ends is None:
+        ends = torch.stack([x.min(), x.max()]) if x.numel() else x.new_zeros(2)
+    low, high = ends.float().view(2, 1, 1)
+    codes = range_codes(x, low, high, bits)
+    finite = torch.isfinite(x.abs().amax(1, keepdim=True))
+    step = torch.where(finite, range_step(low, high, bits), torch.full_like(low, math.nan))
+    return ActivationCodes(codes.nan_to_num(0.0).to(torch.uint8), step, None, x.shape[1], low)
+
+
 def integer_form(
     found: ActivationCodes, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
@@ -206,7 +264,7 @@ def integer_form(
         found: of modes token_group or token.
         codes: (n, columns), uint8, unpacked codes of the weight.
         scale: (n, groups), floating.
-        zero: (n, groups), whole numbers, or None for the middle of the range.
+        zero: (n, groups), or None for the middle of the range.
         bits: of a weight's code.
         group_size: columns that share a weight scale, 0 for all.
 
@@ -218,13 +276,17 @@ def integer_form(
         raise ValueError("scales of channels cannot be taken out of the sum")
     ends = {columns, *range(0, columns, group_size or columns), *range(0, columns, found.group_size)}
     stretches = sorted(ends)
-    out = found.token.new_zeros((found.codes.shape[0], codes.shape[0]))
+    out = found.codes.new_zeros((found.codes.shape[0], codes.shape[0]), dtype=torch.float32)
     for start, end in itertools.pairwise(stretches):
         group, own = (start // group_size if group_size else 0), start // found.group_size
-        middle: Any = 2 ** (bits - 1) if zero is None else zero[:, group, None].double()
+        own_codes, own_weights = found.codes[:, start:end].double(), codes[:, start:end].double()
+        middle: Any = 2.0 ** (bits - 1) if zero is None else zero[:, group].double()
         # whole numbers below 2^53 are exact in float64
-        whole = found.codes[:, start:end].double() @ (codes[:, start:end].double() - middle).T
-        out += found.token[:, own, None] * scale[:, group].float() * whole.float()
+        whole = own_codes @ own_weights.T - own_codes.sum(1, keepdim=True) * middle
+        factor = scale[:, group].float()
+        out += found.token[:, min(own, found.token.shape[1] - 1), None] * factor * whole.float()
+        if found.low is not None:
+            out += found.low * factor * (own_weights.sum(1) - (end - start) * middle).float()
     return out
 
 
@@ -270,16 +332,22 @@ def check(x: Tensor, tensors: tuple[Tensor | None, ...], sizes: Sizes) -> None:
         raise RuntimeError(f"integer_act_linear: mode must be one of {', '.join(MODES)}, got {sizes.mode!r}")
     if (sizes.mode == "token_group") != (sizes.act_group_size > 0):
         raise RuntimeError("integer_act_linear: act_group_size is needed for mode token_group, and only then")
-    if bounds is not None:
+    if bounds is not None and sizes.mode != "static":
         raise RuntimeError("integer_act_linear: act_bounds belong to mode static only")
+    if bounds is None and sizes.mode == "static":
+        raise RuntimeError("integer_act_linear: mode static needs act_bounds")
+    if bounds is not None and bounds.shape != (2,):
+        raise RuntimeError(f"integer_act_linear: act_bounds has shape {tuple(bounds.shape)}, expected (2,)")
     check_act_bits(sizes.act_bits)
 
 
 def reference(x: Tensor, tensors: tuple[Tensor | None, ...], sizes: Sizes) -> Tensor:
     """Multiply in the dequantized form, in float32; the definition. Arguments as :func:`check` has them."""
-    packed, scale, zero_point, bias, smooth, signs, _ = tensors
+    packed, scale, zero_point, bias, smooth, signs, bounds = tensors
     rows = transform(x.reshape(-1, sizes.in_features), smooth, signs, sizes.rotation)
-    if sizes.rounds:
+    if sizes.rounds and sizes.mode in RANGE_MODES:
+        rows = quantize_range(rows, bounds, sizes.act_bits).dequantized()
+    elif sizes.rounds:
         rows = quantize_activation(rows, sizes.mode, sizes.act_bits, sizes.act_group_size).dequantized()
     weight = torch.ops.hf_lowbit.integer_dequantize(
         packed, scale, zero_point, sizes.in_features, sizes.bits, sizes.group_size

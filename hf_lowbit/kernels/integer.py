@@ -1,7 +1,8 @@
 """Custom ops ``hf_lowbit::integer_*``: products with weights that are held as integers with scales.
 
 ``w[i, j] = scale[i, g] · (code[i, j] - zero[i, g])`` for column j of group g. Codes are unsigned. Without stored zero
-points the zero is the middle of the range, ``2^(bits - 1)``. The op in torch is the definition on every device; there
+points the zero is the middle of the range, ``2^(bits - 1)``. A floating zero point (n, groups) is not packed: a grid
+whose lower end l is any number has ``zero = -l / scale``. The op in torch is the definition on every device; there
 is no kernel that multiplies packed codes yet.
 
 Layout of codes of 2, 3, 4 or 8 bits: a row is one number in little-endian bytes, column j in its bits ``bits · j`` to
@@ -90,7 +91,8 @@ def _dequantize(
     codes = unpack_codes(packed, in_features, bits).float()
     zero = codes.new_full((1, 1), 2 ** (bits - 1))
     if zero_point is not None:
-        zero = unpack_codes(zero_point, groups, bits).float()
+        floating = zero_point.is_floating_point()
+        zero = zero_point.float() if floating else unpack_codes(zero_point, groups, bits).float()
     factor = scale.float()
     if groups > 1:
         group = torch.arange(in_features, device=codes.device) // group_size
@@ -167,7 +169,7 @@ def integer_linear(
         x: (..., in_features), floating.
         packed: (out_features, code_bytes(in_features)), uint8.
         scale: (out_features, groups), floating.
-        zero_point: (out_features, code_bytes(groups)), uint8, or None.
+        zero_point: (out_features, code_bytes(groups)), uint8, or (out_features, groups), floating, or None.
         bias: (out_features,) or None.
         sizes: in_features, bits and columns of a group.
 

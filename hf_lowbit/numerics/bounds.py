@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_lowbit.kernels.activation import on_range, range_codes, range_step
+
 SEARCHES = ("dobi", "percentile", "minmax")
 SIDES = ("auto", "one", "two")
 # Values that candidates are compared on; more do not change the outcome by more than another draw of them does.
@@ -21,38 +23,15 @@ ONE_SIDED_SHARE = 0.2
 LEAST_RANGE = 1e-8
 
 
-def step_of(low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Return the step of a grid, 1 where both ends are one value."""
-    step = (high - low) / (2**bits - 1)
-    return torch.where(step > 0, step, torch.ones_like(step))
-
-
-def codes_on(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Return codes from 0 to ``2^bits - 1``, whole numbers in the dtype of ``values``; NaN is handed on."""
-    return ((torch.minimum(torch.maximum(values, low), high) - low) / step_of(low, high, bits)).round()
-
-
-def on_grid(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Return the nearest values of a grid.
-
-    Args:
-        values: any shape, floating.
-        low: lower end l, a tensor of the same dtype that broadcasts.
-        high: upper end u, not below l.
-        bits: of a code.
-    """
-    return codes_on(values, low, high, bits) * step_of(low, high, bits) + low
-
-
 class _Grid(torch.autograd.Function):
-    """:func:`on_grid` with gradients for the values and for both ends."""
+    """:func:`on_range` with gradients for the values and for both ends."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-        codes = codes_on(values, low, high, bits)
+        codes = range_codes(values, low, high, bits)
         ctx.save_for_backward(values, low, high, codes)
         ctx.bits = bits
-        return codes * step_of(low, high, bits) + low
+        return codes * range_step(low, high, bits) + low
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -61,7 +40,7 @@ class _Grid(torch.autograd.Function):
         # x̂ = l + s q: with round as identity and u - l = s (2^b - 1), ∂x̂/∂u = (q - v) / (2^b - 1) inside, where
         # v = (x - l) / s is q before rounding; outside q is an end, and the gradient goes to that end alone
         inside = ~(below | above)
-        place = (values - low) / step_of(low, high, ctx.bits)
+        place = (values - low) / range_step(low, high, ctx.bits)
         share = torch.where(inside, (codes - place) / (2**ctx.bits - 1), torch.zeros_like(values))
         to_high = torch.where(above, torch.ones_like(values), share)
         to_low = torch.where(below, torch.ones_like(values), -share)
@@ -69,7 +48,7 @@ class _Grid(torch.autograd.Function):
 
 
 def learned_grid(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Return :func:`on_grid` of values, with gradients for both ends.
+    """Return :func:`on_range` of values, with gradients for both ends.
 
     Rounding counts as the identity; a value below l sends its gradient to l, one above u to u; inside, the ends get
     what comes through the step.
@@ -150,7 +129,7 @@ def search_bounds(
     move = (high - low) / (candidates if one else 2 * candidates)
     for i in range(candidates):
         ends = (low if one else low + i * move, high - i * move)
-        error = float((on_grid(flat, *map(flat.new_tensor, ends), bits) - flat).square().sum(dtype=torch.float64))
+        error = float((on_range(flat, *map(flat.new_tensor, ends), bits) - flat).square().sum(dtype=torch.float64))
         if error < least:
             best, least = ends, error
     return best
