@@ -29,7 +29,7 @@ static           one for all calls, from the stored ``act_bounds`` (l, u)    yes
 dynamic          one for the call, from its least and largest value          yes
 ===============  ==========================================================  =====================================
 
-The last two have codes from 0 to ``2^bits - 1`` of a grid from l to u: ``x̃ ≈ s q + l``, ``s = (u - l) / (2^bits - 1)``.
+The last two have codes from 0 to ``2^bits - 1`` of a grid from l to u: ``x̃ ≈ s q + l``, s = (u - l) / (2^bits - 1).
 What lies outside is clipped, and u = l makes s = 1, q = 0. The integer form then has two more terms, of sums of codes:
 ``s s_w (Σ q q_w - zero Σ q) + l s_w (Σ q_w - columns · zero)``.
 
