@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_lowbit import registry
 from hf_lowbit.calibration import capture
 from hf_lowbit.compress.projections import NOT_CACHED, check_projections, rule_for
 from hf_lowbit.config import LowBitConfig
@@ -78,8 +79,14 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
 
     Raises:
         UnsupportedModelError: nothing is left to compress.
-        ValueError: a skip pattern or a rule matches no module.
+        ValueError: a skip pattern or a rule matches no module, or a rule is of a method that compresses no weights.
     """
+    for _, own in rules_of(config):
+        if registry.get(own.method).unit == "pipeline":
+            kind = type(own).__name__
+            raise ValueError(
+                f"{kind} compresses no weights; on a transformer of diffusers, call transformer.enable_cache({kind}())"
+            )
     skips = default_skips(model)
     fp32 = sorted(getattr(model, "_keep_in_fp32_modules", None) or ())
     methods: dict[str, LowBitConfig] = {}

@@ -36,6 +36,7 @@ from hf_lowbit.compress.checksums import CONFIG, metadata_of
 from hf_lowbit.compress.headers import DTYPES, TensorHeader, packed_leaves, read_headers
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig
 from hf_lowbit.errors import CheckpointError, UnsupportedModelError
+from hf_lowbit.hf import quantcache
 from hf_lowbit.hf.packed import (
     build_skeleton,
     check_stored_config,
@@ -374,6 +375,7 @@ def _put(model: Any, name: str, tensor: Tensor, requires_grad: bool) -> None:
 
 def register() -> None:
     """Make diffusers know the package; calling it again does nothing. It has no function for this, only two tables."""
+    quantcache.register()
     registry_of_diffusers.AUTO_QUANTIZER_MAPPING.setdefault(NAME, LowBitDiffusersQuantizer)
     registry_of_diffusers.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(NAME, LowBitConfig)
 

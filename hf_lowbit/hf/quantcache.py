@@ -1,0 +1,182 @@
+"""QuantCache on a transformer of diffusers: through its ``enable_cache``, or the functions here.
+
+``transformer.enable_cache(QuantCacheConfig(...))`` works on every class with diffusers' ``CacheMixin``, and
+``disable_cache()`` takes everything away again. diffusers has no registry of caches, only a closed list of types in
+these two methods; so both are wrapped once, when the package registers: a config of ours goes our way, any other
+theirs. :func:`apply_quantcache` and :func:`remove_quantcache` do the same without the mixin, in the manner of
+diffusers' own functions.
+
+Activation bits have one owner. Where delta-GBS of DVD-Quant is enabled on the transformer, QuantCache takes its place,
+and gives it back when it is removed; ``bit_policy="delta_gbs"`` is delta-GBS with QuantCache's ``bits`` and
+``bit_delta``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from hf_lowbit.layers import set_act_bits
+from hf_lowbit.methods.quantcache import QuantCacheConfig
+
+if TYPE_CHECKING:
+    from hf_lowbit.report.timeline import CacheReport
+
+_ROOT, _BLOCK, _SUBLAYER = "quantcache_root", "quantcache_block", "quantcache_sublayer"
+_HOOKS = (_ROOT, _BLOCK, _SUBLAYER)
+# Modules of diffusers whose hooks skip work, too.
+_OTHER_CACHES = (
+    "faster_cache", "first_block_cache", "mag_cache", "pyramid_attention_broadcast", "sea_cache", "taylorseer_cache",
+    "text_kv_cache",
+)  # fmt: skip
+_MARK = "_hf_lowbit_wrapped"
+
+
+def apply_quantcache(transformer: nn.Module, config: QuantCacheConfig | None = None) -> None:
+    """Make a transformer skip work while it samples.
+
+    What was done is told by ``transformer.cache_report()``, which returns a
+    :class:`~hf_lowbit.report.timeline.CacheReport` of the latest trajectory.
+
+    Args:
+        transformer: a diffusion transformer of diffusers, quantized or not.
+        config: the options; None for the defaults.
+
+    Raises:
+        TypeError: ``config`` is none of QuantCache.
+        ValueError: a cache is enabled already, or packed layers cannot run the bits.
+        UnsupportedModelError: the blocks of the transformer are not known.
+    """
+    make: Any = QuantCacheConfig
+    config = make() if config is None else config
+    if not isinstance(config, QuantCacheConfig):
+        raise TypeError(f"config must be a QuantCacheConfig, got {type(config).__name__}")
+    _refuse_second_cache(transformer)
+    from diffusers.hooks.hooks import HookRegistry
+
+    from hf_lowbit.hf.quantcache_hooks import BlockHook, Engine, RootHook, SublayerHook
+
+    engine = Engine(transformer, config)
+    _take_over_bits(transformer, engine)
+    registry = HookRegistry.check_if_exists_or_initialize
+    for index, block in enumerate(engine.blocks.values()):
+        registry(block).register_hook(BlockHook(engine, index), _BLOCK)
+    for name, module in engine.sublayers.items():
+        registry(module).register_hook(SublayerHook(engine, name), _SUBLAYER)
+    registry(transformer).register_hook(RootHook(engine), _ROOT)
+    registry(transformer).invalidate_child_registries_cache()  # else contexts do not reach the new hooks
+    parts: Any = transformer
+    parts._cache_config = config
+    parts.cache_report = engine.report
+
+
+def remove_quantcache(transformer: nn.Module) -> None:
+    """Take QuantCache off a transformer: hooks, cached tensors, and the bits it has chosen.
+
+    Raises:
+        ValueError: it has none.
+    """
+    parts: Any = transformer
+    registry = getattr(transformer, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook(_ROOT)
+    if registry is None or hook is None:
+        raise ValueError(f"{type(transformer).__name__} has no QuantCache to remove")
+    hook.engine.reset()
+    for name in _HOOKS:
+        registry.remove_hook(name, recurse=True)
+    registry.invalidate_child_registries_cache()
+    _give_back_bits(transformer, hook.engine)
+    parts._cache_config = None
+    del parts.cache_report
+
+
+def _take_over_bits(transformer: nn.Module, engine: Any) -> None:
+    from hf_lowbit.hf.quantcache_hooks import rounding_layers
+
+    if not rounding_layers(transformer):
+        return
+    from hf_lowbit.hf import delta_gbs
+
+    hook: Any = getattr(getattr(transformer, delta_gbs.NAME, None), "hook", None)
+    if hook is not None:
+        names = ("delta", "low", "high", "warmup", "layers")
+        engine.delta_gbs = {name: getattr(hook, name) for name in names}
+        delta_gbs.disable_delta_gbs(transformer)
+    config = engine.config
+    if config.bit_policy == "delta_gbs":
+        many, _, few = config.bits
+        delta_gbs.enable_delta_gbs(transformer, delta=config.bit_delta, low=few, high=many)
+
+
+def _give_back_bits(transformer: nn.Module, engine: Any) -> None:
+    from hf_lowbit.hf.quantcache_hooks import rounding_layers
+
+    if not rounding_layers(transformer):
+        return
+    from hf_lowbit.hf import delta_gbs
+
+    delta_gbs.disable_delta_gbs(transformer)
+    set_act_bits(transformer, None)
+    if engine.delta_gbs is not None:
+        delta_gbs.enable_delta_gbs(transformer, **engine.delta_gbs)
+
+
+def cache_report(transformer: nn.Module) -> CacheReport:
+    """Return the report of the latest trajectory of a transformer, as its ``cache_report()`` does.
+
+    Raises:
+        ValueError: it has no QuantCache.
+    """
+    report: Callable[[], CacheReport] | None = getattr(transformer, "cache_report", None)
+    if report is None:
+        raise ValueError(f"{type(transformer).__name__} has no QuantCache to report on")
+    return report()
+
+
+def _refuse_second_cache(transformer: nn.Module) -> None:
+    """Refuse a transformer with another cache: by its mixin, or by hooks that a function of diffusers has put on."""
+    enabled = getattr(transformer, "_cache_config", None)
+    if enabled is not None:
+        raise ValueError(
+            f"caching has already been enabled with {type(enabled).__name__}; call disable_cache() first, only one "
+            "cache works at a time"
+        )
+    for name, module in transformer.named_modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        for hook in hooks.values():
+            package, _, kind = type(hook).__module__.rpartition(".")
+            if package == "diffusers.hooks" and kind in _OTHER_CACHES:
+                raise ValueError(f"{name or type(transformer).__name__} has the hooks of {kind}; remove them first")
+
+
+def wrap(mixin: type) -> None:
+    """Make the ``enable_cache`` and ``disable_cache`` of diffusers' mixin know QuantCache; again does nothing."""
+    if getattr(mixin, _MARK, False):
+        return
+    kind: Any = mixin
+    enable, disable = kind.enable_cache, kind.disable_cache
+
+    @functools.wraps(enable)
+    def enable_cache(self: Any, config: Any) -> None:
+        if isinstance(config, QuantCacheConfig):
+            return apply_quantcache(self, config)
+        return enable(self, config)
+
+    @functools.wraps(disable)
+    def disable_cache(self: Any) -> None:
+        if isinstance(self._cache_config, QuantCacheConfig):
+            return remove_quantcache(self)
+        return disable(self)
+
+    kind.enable_cache, kind.disable_cache = enable_cache, disable_cache
+    setattr(mixin, _MARK, True)
+
+
+def register() -> None:
+    """Wrap the mixin; it is a module of its own that loads no model."""
+    from diffusers.models.cache_utils import CacheMixin
+
+    wrap(CacheMixin)
