@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from hf_lowbit.errors import CalibrationError, CheckpointError, HfLowbitError, HubError, UnsupportedModelError
     from hf_lowbit.hf.entry import quantize, register
     from hf_lowbit.hf.packed import unverified
-    from hf_lowbit.layers import PackedLinear, packed_modules
+    from hf_lowbit.layers import PackedLinear, packed_modules, set_act_bits
     from hf_lowbit.methods.adasvd import AdaSVDConfig
     from hf_lowbit.methods.arb import ARBConfig
+    from hf_lowbit.methods.dvd_quant import DVDQuantConfig
     from hf_lowbit.methods.pbs2p import PBS2PConfig
     from hf_lowbit.methods.recalkv import ReCalKVConfig
     from hf_lowbit.recipe import LowBitRecipe
@@ -38,6 +39,7 @@ _HOMES = {
     "CalibrationError": "errors",
     "CalibrationRecord": "config",
     "CheckpointError": "errors",
+    "DVDQuantConfig": "methods.dvd_quant",
     "HfLowbitError": "errors",
     "HubError": "errors",
     "LowBitConfig": "config",
@@ -51,6 +53,7 @@ _HOMES = {
     "packed_modules": "layers",
     "quantize": "hf.entry",
     "register": "hf.entry",
+    "set_act_bits": "layers",
     "unverified": "hf.packed",
 }
 
@@ -60,6 +63,7 @@ __all__ = [
     "CalibrationError",
     "CalibrationRecord",
     "CheckpointError",
+    "DVDQuantConfig",
     "HfLowbitError",
     "HubError",
     "LowBitConfig",
@@ -73,6 +77,7 @@ __all__ = [
     "packed_modules",
     "quantize",
     "register",
+    "set_act_bits",
     "unverified",
 ]
 

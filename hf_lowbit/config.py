@@ -200,7 +200,7 @@ class _ByMethodName(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if getattr(cls, "method", ""):
-            return super().__call__(*args, **kwargs)
+            return super().__call__(*args, **_with_preset(cls, kwargs))
         if "method" not in kwargs:
             raise TypeError(
                 f"{cls.__name__} is a common base; use the config of a method, such as ARBConfig, or name the method: "
@@ -209,6 +209,21 @@ class _ByMethodName(type):
         from hf_lowbit import registry
 
         return registry.config_class(kwargs.pop("method"))(*args, **kwargs)
+
+
+def _with_preset(config_class: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with those of ``preset`` filled in where they are not given.
+
+    Raises:
+        ValueError: the class has no preset of this name.
+    """
+    presets = getattr(config_class, "presets", {})
+    if "preset" not in options or not presets:
+        return options
+    name = options["preset"]
+    if not isinstance(name, str) or name not in presets:
+        raise ValueError(f"{config_class.__name__}: preset must be one of {', '.join(presets)}, got {shown(name)}")
+    return {**presets[name], **{key: value for key, value in options.items() if key != "preset"}}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -226,6 +241,8 @@ class LowBitConfig(QuantizationConfigMixin, metaclass=_ByMethodName):
     # transformers declares a field here; it is constant for us
     quant_method: ClassVar[HfLowbitMethod] = HfLowbitMethod.HF_LOWBIT  # type: ignore[assignment,misc]
     method: ClassVar[str] = ""
+    # Sets of other defaults by name: DVDQuantConfig(preset="w4a4") stores their values, not the name.
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     skip: tuple[str, ...] = ()
     modules: Mapping[str, Mapping[str, Any]] | None = None

@@ -16,6 +16,8 @@ from hf_lowbit.config import LowBitConfig
 METHOD_MODULES = (
     "hf_lowbit.methods.adasvd",
     "hf_lowbit.methods.arb",
+    "hf_lowbit.methods.condiquant",
+    "hf_lowbit.methods.dvd_quant",
     "hf_lowbit.methods.pbs2p",
     "hf_lowbit.methods.recalkv",
 )
@@ -55,12 +57,38 @@ class LinearUnit:
         weight: (out_features, in_features), floating; must not be modified.
         trace: rows (JSON types) that a method may append to, such as an error per iteration.
         projection: for unit "attention", what the layer is in its attention.
+        changed: (out_features, in_features), set by methods that round another weight than the one they are given and
+            will want it in ``finish``.
     """
 
     name: str
     weight: Any
     trace: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     projection: Projection | None = None
+    changed: Any = None
+
+
+@dataclasses.dataclass
+class ModelUnit:
+    """What a method that is calibrated on images is given when all layers are packed.
+
+    Attributes:
+        model: with its packed layers, in evaluation mode.
+        dense: the model as it was, if the config's ``keeps_dense`` asks for it.
+        batches: patches as the model receives them, (samples, channels, height, width) each.
+        options: of the method.
+        changed: ``LinearUnit.changed`` of the layers, by name, if the dense model is kept.
+        blocks: names of the model's blocks, in order; empty where it has no list of them.
+        run: ``(model, batch) -> images``, float.
+    """
+
+    model: Any
+    dense: Any
+    batches: list[Any]
+    options: Any
+    changed: dict[str, Any]
+    blocks: tuple[str, ...]
+    run: Callable[[Any, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +132,11 @@ class Method:
             {projection name: number}``, merged into ``layers`` as well. ``measures`` looks at the dense blocks when it
             is asked, see :class:`hf_lowbit.compress.measures.StackMeasures`.
         check: for unit "attention": ``(projections, options) -> problems``, asked before any work.
-        attach: optional run-time part.
+        finish: for methods that need images, ``(model unit) -> {layer name: format}``: what is done with the model as a
+            whole when all layers are packed; returns the layers that were packed anew.
+        attach: optional run-time part, ``(model, options)``: prepares modules of a model that has packed layers for
+            what else is stored in its files. Called on ``meta`` before a packed model is loaded.
+        detach: ``(model)``, undoes ``attach`` where layers are dense again.
     """
 
     name: str
@@ -121,7 +153,9 @@ class Method:
     leaves_dense: Callable[[str, tuple[int, int], Any], str | None] | None = None
     allocate: Callable[..., Any] | None = None
     check: Callable[..., list[str]] | None = None
+    finish: Callable[[ModelUnit], dict[str, Any]] | None = None
     attach: Callable[..., Any] | None = None
+    detach: Callable[..., Any] | None = None
 
 
 _METHODS: dict[str, Method] = {}

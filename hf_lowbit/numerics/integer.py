@@ -55,7 +55,7 @@ def grid(
     best: tuple[Tensor, Tensor] | None = None
     least: Tensor | None = None
     for share in SHARES if bits < 8 else SHARES[:1]:
-        scale, zero = _grid_of(low * share, high * share, bits, symmetric, scale_dtype)
+        scale, zero = grid_of(low * share, high * share, bits, symmetric, scale_dtype)
         error = (weight - nearest(weight, scale, zero, bits)).square()
         total = (error if importance is None else error * importance).sum(1, keepdim=True)
         if best is None or least is None:
@@ -69,7 +69,19 @@ def grid(
     return best
 
 
-def _grid_of(low: Tensor, high: Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def grid_of(low: Tensor, high: Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every row from the ends of its range; what :func:`grid` tries several of.
+
+    Args:
+        low: (n, 1), lower ends.
+        high: (n, 1), upper ends, not below ``low``; the zero point is clamped to a code if 0 is not between them.
+        bits: of a code.
+        symmetric: zero point in the middle of the range.
+        scale_dtype: that scales are rounded to; one that vanishes there becomes 1.
+
+    Returns:
+        Scale (n, 1), > 0, and zero point (n, 1), whole numbers, both in the dtype of ``low``.
+    """
     most = 2**bits - 1
     middle = (most + 1) // 2
     scale = torch.maximum(-low / middle, high / (middle - 1)) if symmetric else (high - low) / most

@@ -22,6 +22,18 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"variant": variant, "iterations": 4, "x_iterations": 4, "quantiles": 9, "max_salient_per_block": 12}
         for variant in ("rc", "x", "arb", "billm", "rtn")
     ],
+    "dvd_quant": [
+        {"layers": "all", **form}
+        for form in (
+            {},
+            {"preset": "paper"},
+            {"preset": "w4a8", "w_bits": 3, "group_size": 32, "scale_dtype": "float32"},
+            {"preset": "w4a4", "rotation_signs_seed": 1, "act_scale": "token", "rotation_block": 32},
+            {"act_scale": "channel", "w_bits": 8, "group_size": -1, "weight_init": "pbq", "refine": "full"},
+            {"act_scale": "channel_token", "w_bits": 2, "rotation": "none", "beta": 1.0, "n_bounds": 8, "iters": 3},
+            {"a_bits": 16, "delta": None, "act_group_size": 32, "scale_dtype": "bfloat16", "tol": 0.01},
+        )
+    ],
     "pbs2p": [
         {"iterations": 4, "quantiles": 9, "max_salient_per_block": 12, **form}
         for form in (
@@ -47,14 +59,21 @@ ATTENTION: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
+# methods of unit "pipeline", which compress no weights: tests/methods/test_quantcache.py and tests/hf/test_quantcache*.py
+PIPELINE = {"quantcache"}
+
 # method -> options of the plain baseline of its kind
 BASELINE: dict[str, dict[str, Any]] = {
     "adasvd": {"init": "svd", "iterations": 0},
     "arb": {"variant": "rtn"},
+    "dvd_quant": {"weight_init": "minmax", "rotation": "none", "balance": "none"},
     "pbs2p": {"fit": "plain", "groups": "none", "compensation": "none"},
 }
 # method -> options that the baseline shares with what it is compared with, such as the size
-SHARED: dict[str, tuple[str, ...]] = {"adasvd": ("ratio", "rank_multiple", "factors", "factor_group")}
+SHARED: dict[str, tuple[str, ...]] = {
+    "adasvd": ("ratio", "rank_multiple", "factors", "factor_group"),
+    "dvd_quant": ("w_bits", "group_size", "scale_dtype", "preset"),
+}
 
 # formats whose reference multiplies by the dense weight, rounded once, as the dequantized layer does
 REBUILT = ("binary",)

@@ -13,7 +13,8 @@ from hf_lowbit.calibration.stats import LinearStats
 from hf_lowbit.compress.outcome import relative_errors
 from hf_lowbit.formats import FORMATS
 from hf_lowbit.kernels import dispatch
-from tests.contract.options_matrix import ATTENTION, BASELINE, OPTIONS, REBUILT, SHARED
+from hf_lowbit.layers import set_act_bits
+from tests.contract.options_matrix import ATTENTION, BASELINE, OPTIONS, PIPELINE, REBUILT, SHARED
 
 LINEAR = [name for name, method in registry.methods().items() if method.unit == "linear"]
 CASES = [pytest.param(name, i, id=f"{name}-{i}") for name in LINEAR for i in range(len(OPTIONS.get(name, [])))]
@@ -21,7 +22,7 @@ CASES = [pytest.param(name, i, id=f"{name}-{i}") for name in LINEAR for i in ran
 
 def test_every_method_is_covered():
     assert set(LINEAR) == set(OPTIONS)
-    assert set(registry.methods()) == set(OPTIONS) | set(ATTENTION)
+    assert set(registry.methods()) == set(OPTIONS) | set(ATTENTION) | PIPELINE
 
 
 def config_of(name: str, number: int) -> LowBitConfig:
@@ -81,6 +82,9 @@ def test_odd_sizes_bias_and_dtypes(name, number, shape, dtype, bias):
     dense = packed.dequantize()
     assert dense.weight.dtype == dtype
     assert packed(x).dtype == dtype
+    if packed.format_type.rounds_activations(packed.spec):  # not what a dense copy does: compared without it
+        assert torch.isfinite(packed(x)).all()
+        set_act_bits(packed, 16)
     # The reference op rounds the weight to the input's dtype, as the dense layer does: the same product. Other
     # kernels do not round the weight, and factors are multiplied one after the other.
     if packed.format_type.name in REBUILT:

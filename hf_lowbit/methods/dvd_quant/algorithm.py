@@ -1,0 +1,285 @@
+"""DVD-Quant on plain tensors: balance, rotate, search grids (BGR).
+
+======  =========================================  ======  =========================================
+symbol  name                                       symbol  name
+======  =========================================  ======  =========================================
+``Δ``   step, ``scale``                            ``s``   ``smooth``, factor of a column
+``z``   ``zero``                                   ``H``   rotation, orthogonal
+``w_q`` ``codes``, 0 to 2^b - 1                    ``W̃``   ``rows``, the weight in the rotated basis
+``n``   ``n_bounds``                               ``E``   squared error of a row
+======  =========================================  ======  =========================================
+
+Bounded-init grid refinement, for each row of ``W̃`` or each group of its columns: from some ranges, ever narrower, the
+grids that they give; then alternately the best step for fixed codes and the best zero point for fixed codes, and codes
+anew. The best grid seen anywhere is kept, for each row by itself.
+
+Differs from the printed Algorithm 1, where that cannot be meant:
+
+* Both ends of a range move inwards by ``i R / n``, so from the middle on they would cross; they stop at
+  ``max_shrink``. The first range is the whole one, so the result is never worse than plain minimum and maximum.
+* It says to stop when ``E_j - E_{j-1} < ε``, which holds in the first iteration that gains; here when no row gains a
+  share of ``tol``.
+* It compares errors of the whole matrix; each row has its own minimum, so here the rows are compared.
+* The zero point is rounded and then clamped; it must be a code. Ranges contain 0 for the same reason: the zero
+  point of a row around 8 would be far outside of the codes, and clamping it would spoil the row.
+* Steps are rounded to the dtype they are stored in before codes are made, so that used and stored ones are the same.
+
+Source: DVD-Quant (arXiv 2505.18663), Eq. 1-9 and Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.formats import IntegerFormat, IntegerSpec
+from hf_lowbit.formats.integer import SCALE_DTYPES
+from hf_lowbit.methods.dvd_quant.options import DVDQuantConfig
+from hf_lowbit.numerics import rotation as turning
+from hf_lowbit.numerics.integer import IntegerFit, codes_of, grid_of
+
+# Elements of the rows that are searched at once: four copies of them are alive, 64 MiB in float32 altogether.
+_AT_ONCE = 2**22
+# Factors of columns are kept between the inverse and this: a column of nearly zeros must not leave half precision.
+_MOST_SMOOTH = 2.0**10
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How grids are searched.
+
+    Attributes:
+        bits: of a code.
+        scale_dtype: that steps are stored in.
+        starts: shares of the range by which both ends move inwards, the first 0.
+        iters: refinements of a start at most.
+        tol: share of the error below which a refinement ends the loop.
+        full: refine every start, not only the best of each row.
+        symmetric: zero point in the middle and no refinement, for the plain baseline.
+    """
+
+    bits: int
+    scale_dtype: torch.dtype
+    starts: tuple[float, ...] = (0.0,)
+    iters: int = 0
+    tol: float = 0.0
+    full: bool = False
+    symmetric: bool = False
+
+    @classmethod
+    def of(cls, options: DVDQuantConfig) -> Search:
+        """Return the search that the options ask for."""
+        dtype = SCALE_DTYPES[options.scale_dtype]
+        if options.weight_init not in ("bgr", "pbq"):
+            return cls(options.w_bits, dtype, symmetric=options.weight_init == "absmax")
+        last = math.floor(options.max_shrink * options.n_bounds + 1e-9)
+        starts = tuple(i / options.n_bounds for i in range(last + 1))
+        return cls(options.w_bits, dtype, starts, options.iters, options.tol, options.refine == "full")
+
+
+@dataclasses.dataclass
+class _Best:
+    """The best grid of each row so far; all (rows, 1)."""
+
+    scale: Tensor
+    zero: Tensor
+    error: Tensor
+
+    def keep(self, scale: Tensor, zero: Tensor, error: Tensor) -> None:
+        better = error < self.error  # never where the error is NaN, from a step beyond its dtype
+        self.scale = torch.where(better, scale, self.scale)
+        self.zero = torch.where(better, zero, self.zero)
+        self.error = torch.where(better, error, self.error)
+
+
+def _error(rows: Tensor, scale: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
+    return (rows - scale * (codes - zero)).square_().sum(1, keepdim=True)
+
+
+def refined(rows: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, search: Search) -> tuple[Tensor, Tensor, Tensor]:
+    """One refinement: the best step for the codes, the best zero point for codes and step, codes anew.
+
+    Args:
+        rows: (n, k), floating.
+        scale: (n, 1), > 0.
+        zero: (n, 1), whole numbers.
+        codes: (n, k), whole numbers.
+        search: bits and the dtype of steps.
+
+    Returns:
+        Step, zero point and codes, of the shapes given.
+
+    Source: Eq. 4-6. Differs: the bars of Eq. 5 are means over a row, which least squares gives; a step that would be
+    0 or below stays.
+    """
+    centred = codes - zero
+    top, below = (centred * rows).sum(1, keepdim=True), centred.square().sum(1, keepdim=True)
+    found = (top / below).to(search.scale_dtype).to(rows.dtype)
+    scale = torch.where((found > 0) & torch.isfinite(found), found, scale)
+    zero = (codes.mean(1, keepdim=True) - rows.mean(1, keepdim=True) / scale).round().clamp(0, 2**search.bits - 1)
+    return scale, zero, codes_of(rows, scale, zero, search.bits)
+
+
+def _refine(rows: Tensor, best: _Best, scale: Tensor, zero: Tensor, search: Search) -> None:
+    """Refine grids until no row gains; what is best goes into ``best``."""
+    codes = codes_of(rows, scale, zero, search.bits)
+    error = _error(rows, scale, zero, codes)
+    best.keep(scale, zero, error)
+    for _ in range(search.iters):
+        scale, zero, codes = refined(rows, scale, zero, codes, search)
+        before, error = error, _error(rows, scale, zero, codes)
+        best.keep(scale, zero, error)
+        if not bool((before - error > search.tol * before).any()):
+            break
+
+
+def grids(rows: Tensor, search: Search) -> tuple[Tensor, Tensor, Tensor]:
+    """Search a grid for every row.
+
+    Args:
+        rows: (n, k), floating, finite.
+        search: how.
+
+    Returns:
+        Step (n, 1) > 0, as ``search.scale_dtype`` holds it, zero point (n, 1), whole numbers, and squared error
+        (n, 1), which is infinite for a row of which no step is a number of that dtype. A row of zeros, or of values
+        for which the step would vanish, has step 1, and with it zeros.
+    """
+    low, high = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
+    span = high - low
+    one = torch.ones_like(low)
+    best = _Best(one, torch.zeros_like(low), torch.full_like(low, math.inf))
+    for share in search.starts:
+        bounds = low + share * span, high - share * span
+        scale, zero = grid_of(*bounds, search.bits, search.symmetric, search.scale_dtype)
+        if search.full:
+            _refine(rows, best, scale, zero, search)
+        else:
+            best.keep(scale, zero, _error(rows, scale, zero, codes_of(rows, scale, zero, search.bits)))
+    if search.iters and not search.full:
+        _refine(rows, best, best.scale, best.zero, search)
+    return best.scale, best.zero, best.error
+
+
+def fit(rows: Tensor, group_size: int, search: Search, where: str) -> IntegerFit:
+    """Put a weight on grids, one for each row or each group of its columns, some rows at a time.
+
+    Args:
+        rows: (n, m), float32, finite.
+        group_size: columns that share a grid, 0 for all; the last group of a row may be shorter.
+        search: how grids are found.
+        where: name of the layer, for messages.
+
+    Returns:
+        Codes, steps and zero points.
+
+    Raises:
+        ValueError: a step leaves the range of its dtype.
+    """
+    count, columns = rows.shape
+    size = min(group_size or columns, columns)
+    groups, tail = -(-columns // size), columns % size
+    at_once = max(1, _AT_ONCE // columns)
+    codes = torch.empty((count, columns), dtype=torch.uint8, device=rows.device)
+    scale, zero = (rows.new_empty((count, groups)) for _ in range(2))
+    for first in range(0, count, at_once):
+        some = slice(first, min(first + at_once, count))
+        whole = columns - tail
+        for part, place in ((slice(0, whole), slice(0, groups - bool(tail))), (slice(whole, None), slice(-1, None))):
+            if part.start == columns:
+                continue
+            own = rows[some, part]
+            shape = (own.shape[0], -1)
+            lines = own.reshape(-1, size if part.start == 0 else tail)
+            found_scale, found_zero, error = grids(lines, search)
+            if not bool(torch.isfinite(error).all()):
+                name = str(search.scale_dtype).removeprefix("torch.")
+                raise ValueError(f"{where}: a scale leaves the range of {name}; use scale_dtype='float32'")
+            codes[some, part] = codes_of(lines, found_scale, found_zero, search.bits).view(shape).to(torch.uint8)
+            scale[some, place], zero[some, place] = found_scale.view(shape), found_zero.view(shape)
+    return IntegerFit(codes, scale.to(search.scale_dtype), None if search.symmetric else zero.to(torch.uint8))
+
+
+def column_balance(weight: Tensor, beta: float) -> Tensor:
+    """Factors that even out the columns of a weight: ``s_j ∝ (max_i |w_ij|)^{-β}``, of geometric mean 1.
+
+    Inputs are divided by them. Channels that a model scales up on one side and down on the other become alike.
+
+    Args:
+        weight: (n, m), floating.
+        beta: from 0, no change, to 1, all columns with the same largest value.
+
+    Returns:
+        (m,), float32, from 1/1024 to 1024; 1 for columns of zeros.
+
+    Source: none; DVD-Quant does not scale. ViDiT-Q (arXiv 2406.02540) and QuantCache scale with calibrated inputs.
+    """
+    largest = weight.float().abs().amax(0)
+    used = largest > 0
+    exponents = torch.where(used, -beta * torch.where(used, largest, torch.ones_like(largest)).log2(), 0.0)
+    mean = exponents.sum() / used.sum().clamp(min=1)
+    factors = torch.where(used, exponents - mean, 0.0).exp2()
+    return factors.clamp(1 / _MOST_SMOOTH, _MOST_SMOOTH)
+
+
+def rotation_of(columns: int, options: DVDQuantConfig) -> int:
+    """Return the order of the rotation of a layer, 0 for none.
+
+    Differs: the paper says only "Hadamard"; ``full`` is read into it, ``block`` is ours.
+    """
+    if options.rotation == "none":
+        return 0
+    if options.rotation == "full":
+        return turning.full_order(columns)
+    return turning.block_order(columns, options.rotation_block)
+
+
+def quantize(weight: Tensor, options: DVDQuantConfig, where: str, activations: bool = True) -> IntegerFormat:
+    """Quantize the weight of a linear layer.
+
+    Args:
+        weight: (n, m), floating; not modified. Computed in float32.
+        options: of the method.
+        where: name of the layer, for messages.
+        activations: whether its inputs are rounded, too.
+
+    Returns:
+        A validated format.
+
+    Raises:
+        ValueError: the weight is not finite, or a step leaves the range of its dtype; the layer is named.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{where}: weight holds NaN or infinity")
+    rows, dtype = weight.detach().float(), SCALE_DTYPES[options.scale_dtype]
+    columns = rows.shape[1]
+    order, smooth, signs = rotation_of(columns, options), None, None
+    if options.balance == "weight_columns" and options.beta > 0:
+        smooth = column_balance(rows, options.beta).to(dtype)
+        rows = rows * smooth.float()
+    if order and options.rotation_signs_seed is not None:
+        signs = turning.random_signs(columns, options.rotation_signs_seed).to(rows.device)
+        rows = rows * signs.float()
+    rows = turning.rotate(rows, order)
+    search = Search.of(options)
+    found = fit(rows, options.columns_per_scale, search, where)
+    bits = options.stored_act_bits
+    rounded = activations and bits <= 8
+    spec = IntegerSpec(
+        out_features=rows.shape[0],
+        in_features=columns,
+        bits=options.w_bits,
+        group_size=options.columns_per_scale,
+        symmetric=search.symmetric,
+        scale_dtype=options.scale_dtype,
+        rotation=order,
+        rotation_signs=signs is not None,
+        smooth=smooth is not None,
+        activation=options.act_scale if rounded else "none",
+        act_bits=bits if rounded else 8,
+        act_group_size=options.act_group_size if rounded and options.act_scale == "token_group" else 0,
+    )
+    return IntegerFormat.pack(spec, found.codes, found.scale, found.zero, smooth, signs)
