@@ -50,6 +50,8 @@ class PackedLinear(nn.Linear):
         self._last: tuple[list[int], list[Any], Format, Callable[[Tensor], Tensor | None] | None] | None = None
         # bits of activations for the next calls, for formats that round them; None: as stored. See set_act_bits.
         self.act_bits: int | None = None
+        # called before each product, also in compiled blocks, where torch's own hooks of all but one block are ignored
+        self.on_call: Callable[[], None] | None = None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, bias.requires_grad))
         self._is_hf_initialized = True  # transformers must not initialise the stub
         _watch_adapters()
@@ -85,6 +87,8 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ W.T + bias``; input (..., in_features), result in its dtype."""
+        if self.on_call is not None:
+            self.on_call()
         if torch.compiler.is_compiling():
             return self._product(self.packed, input)
         # Gathering the tensors takes longer than a small product, so it is done again only when one was replaced.
