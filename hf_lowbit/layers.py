@@ -23,7 +23,61 @@ _PREFIX = "weight_"
 DENSE_TYPES = (nn.Linear, Conv1D)
 
 
-class PackedLinear(nn.Linear):
+class PackedModule(nn.Module):
+    """What all packed layers share: tensors of a format as frozen parameters, and a stub in place of the weight."""
+
+    format_type: type[Format]
+    spec: Any
+
+    def _hold(self, packed: Format, dtype: torch.dtype) -> None:
+        """Take the tensors of a format, on their final device or ``meta``; ``dtype`` is carried by the stub."""
+        self.format_type, self.spec = type(packed), packed.spec
+        device = next(iter(packed.state().values())).device
+        self.weight = nn.Parameter(torch.zeros(1, dtype=dtype, device=device), requires_grad=False)
+        for name, tensor in packed.state().items():
+            self.register_parameter(_PREFIX + name, nn.Parameter(tensor, requires_grad=False))
+        self._stored = {_PREFIX + name: tensor.dtype for name, tensor in packed.state().items()}
+        self._is_hf_initialized = True  # transformers must not initialise the stub
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return a layer with the same weights, not packed, in ``dtype`` (default: that of the stub)."""
+        raise NotImplementedError
+
+    def packed_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield ``(parameter name, parameter)`` of the packed tensors, without stub and bias."""
+        for name, dtype in self._stored.items():
+            parameter: Any = self._parameters[name]
+            if parameter.dtype != dtype:
+                _undo_cast(parameter, dtype)
+            yield name, parameter
+
+    @property
+    def packed(self) -> Format:
+        """The packed weight; shares memory with the parameters."""
+        state = {name.removeprefix(_PREFIX): parameter for name, parameter in self.packed_tensors()}
+        return self.format_type.from_state(state, self.spec)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move the packed tensors, but never cast them: ``.to(bfloat16)`` on a model must not round stored scales."""
+        before = {name: parameter.data for name, parameter in self.packed_tensors()}  # fn may replace .data in place
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._parameters[name]
+            if new is not None and new.dtype != old.dtype:
+                self._parameters[name] = nn.Parameter(old.to(new.device), requires_grad=False)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is made again at the next call."""
+        return {**self.__dict__, "_last": None}
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        for _ in self.packed_tensors():  # in the dtype that the format has
+            pass
+        super()._save_to_state_dict(*args, **kwargs)
+
+
+class PackedLinear(PackedModule, nn.Linear):
     """A linear layer with a packed weight.
 
     Tensors of the format are parameters called ``weight_<name>``. ``forward`` goes through the format's op; no dense
@@ -40,12 +94,7 @@ class PackedLinear(nn.Linear):
         """
         nn.Module.__init__(self)
         self.in_features, self.out_features = packed.spec.in_features, packed.spec.out_features
-        self.format_type, self.spec = type(packed), packed.spec
-        device = next(iter(packed.state().values())).device
-        self.weight = nn.Parameter(torch.zeros(1, dtype=dtype, device=device), requires_grad=False)
-        for name, tensor in packed.state().items():
-            self.register_parameter(_PREFIX + name, nn.Parameter(tensor, requires_grad=False))
-        self._stored = {_PREFIX + name: tensor.dtype for name, tensor in packed.state().items()}
+        self._hold(packed, dtype)
         # ids of the parameters, the parameters (so that no id is used twice), the format made of them, its shorter way
         self._last: tuple[list[int], list[Any], Format, Callable[[Tensor], Tensor | None] | None] | None = None
         # bits of activations for the next calls, for formats that round them; None: as stored. See set_act_bits.
@@ -53,7 +102,6 @@ class PackedLinear(nn.Linear):
         # called before each product, also in compiled blocks, where torch's own hooks of all but one block are ignored
         self.on_call: Callable[[], None] | None = None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, bias.requires_grad))
-        self._is_hf_initialized = True  # transformers must not initialise the stub
         _watch_adapters()
 
     @classmethod
@@ -70,20 +118,6 @@ class PackedLinear(nn.Linear):
         if layer.bias is not None:
             layer.bias = nn.Parameter(torch.empty_like(layer.bias, device="meta"), requires_grad=False)
         return layer
-
-    def packed_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield ``(parameter name, parameter)`` of the packed tensors, without stub and bias."""
-        for name, dtype in self._stored.items():
-            parameter: Any = self._parameters[name]
-            if parameter.dtype != dtype:
-                _undo_cast(parameter, dtype)
-            yield name, parameter
-
-    @property
-    def packed(self) -> Format:
-        """The packed weight; shares memory with the parameters."""
-        state = {name.removeprefix(_PREFIX): parameter for name, parameter in self.packed_tensors()}
-        return self.format_type.from_state(state, self.spec)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ W.T + bias``; input (..., in_features), result in its dtype."""
@@ -115,25 +149,6 @@ class PackedLinear(nn.Linear):
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
         return dense
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move the packed tensors, but never cast them: ``.to(bfloat16)`` on a model must not round stored scales."""
-        before = {name: parameter.data for name, parameter in self.packed_tensors()}  # fn may replace .data in place
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._parameters[name]
-            if new is not None and new.dtype != old.dtype:
-                self._parameters[name] = nn.Parameter(old.to(new.device), requires_grad=False)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is made again at the next call."""
-        return {**self.__dict__, "_last": None}
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        for _ in self.packed_tensors():  # in the dtype that the format has
-            pass
-        super()._save_to_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Return the line that ``print(model)`` shows."""
@@ -185,9 +200,9 @@ def dense_weight(dense: Any) -> Tensor:
     return weight.T if isinstance(dense, Conv1D) else weight
 
 
-def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
-    """Return the packed layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+def packed_modules(model: nn.Module) -> dict[str, Any]:
+    """Return the packed layers of a model by name, each a :class:`PackedModule`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
 def set_act_bits(model: nn.Module, bits: int | None) -> int:
