@@ -12,6 +12,10 @@ LIBRARIES = {
         ("api", "tile_avx512", "expand_avx512bf16", "tile_avx2", "tile_portable", "wide_amx"),
         ("avx512.h", "binary.h", "expand.h", "half.h", "tile.h"),
     ),
+    "_popcount": (
+        ("popcount", "popcount_avx512", "popcount_avx2", "popcount_portable"),
+        ("half.h", "popcount.h", "popcount_finish.h", "popcount_rows.h"),
+    ),
     "_low_rank": (("low_rank", "low_rank_avx2", "low_rank_avx512"), ("half.h", "low_rank.h", "low_rank_tile.h")),
 }
 
