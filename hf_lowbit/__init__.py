@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_lowbit.cache import ReCalKVCache
     from hf_lowbit.config import CalibrationRecord, LowBitConfig, RunOptions
     from hf_lowbit.errors import CalibrationError, CheckpointError, HfLowbitError, HubError, UnsupportedModelError
+    from hf_lowbit.hf.delta_gbs import delta_gbs_report, disable_delta_gbs, enable_delta_gbs, reset_delta_gbs
     from hf_lowbit.hf.entry import quantize, register
     from hf_lowbit.hf.packed import unverified
     from hf_lowbit.layers import PackedLinear, packed_modules, set_act_bits
@@ -50,9 +51,13 @@ _HOMES = {
     "ReCalKVConfig": "methods.recalkv",
     "RunOptions": "config",
     "UnsupportedModelError": "errors",
+    "delta_gbs_report": "hf.delta_gbs",
+    "disable_delta_gbs": "hf.delta_gbs",
+    "enable_delta_gbs": "hf.delta_gbs",
     "packed_modules": "layers",
     "quantize": "hf.entry",
     "register": "hf.entry",
+    "reset_delta_gbs": "hf.delta_gbs",
     "set_act_bits": "layers",
     "unverified": "hf.packed",
 }
@@ -74,9 +79,13 @@ __all__ = [
     "ReCalKVConfig",
     "RunOptions",
     "UnsupportedModelError",
+    "delta_gbs_report",
+    "disable_delta_gbs",
+    "enable_delta_gbs",
     "packed_modules",
     "quantize",
     "register",
+    "reset_delta_gbs",
     "set_act_bits",
     "unverified",
 ]

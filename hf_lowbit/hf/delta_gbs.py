@@ -31,9 +31,11 @@ import torch
 from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHook, StateManager
 from torch import Tensor, nn
 
+from hf_lowbit.config import LowBitConfig
 from hf_lowbit.kernels.activation import check_act_bits
 from hf_lowbit.layers import PackedLinear, packed_modules
 from hf_lowbit.methods.dvd_quant import schedule
+from hf_lowbit.recipe import matches, rules_of
 
 NAME = "delta_gbs"
 _NO_CONTEXT = "inference"
@@ -124,6 +126,31 @@ def reset_delta_gbs(transformer: Any) -> None:
     hook.reset_state(transformer)
 
 
+def follow_config(model: Any, config: LowBitConfig) -> None:
+    """Enable what the config of a packed model asks for, on the layers of the rules that ask; else do nothing.
+
+    Raises:
+        ValueError: rules of a recipe ask for different things.
+    """
+    wanted: dict[tuple[float, int, int, int], list[str]] = {}
+    for name in packed_modules(model):
+        rule: Any = next((rule for pattern, rule in rules_of(config) if matches(pattern, name)), None)
+        if getattr(rule, "delta", None) is not None and _rounds(model.get_submodule(name)):
+            options = (rule.delta, rule.a_bits_low, rule.a_bits_high, rule.warmup_steps)
+            wanted.setdefault(options, []).append(name)
+    if len(wanted) > 1:
+        raise ValueError(
+            "rules of a recipe differ in delta, a_bits_low, a_bits_high or warmup_steps; a step is judged once for "
+            "the whole model"
+        )
+    for (delta, low, high, warmup), names in wanted.items():
+        enable_delta_gbs(model, delta=delta, low=low, high=high, warmup=warmup, layers=names)
+
+
+def _rounds(layer: Any) -> bool:
+    return bool(layer.format_type.rounds_activations(layer.spec))
+
+
 class _State(BaseState):
     """Of one context.
 
@@ -194,8 +221,7 @@ class DeltaGBSHook(ModelHook):  # type: ignore[misc]
         return [
             layer
             for name, layer in packed_modules(model).items()
-            if layer.format_type.rounds_activations(layer.spec)
-            and (self.layers is None or name.removesuffix(".base_layer") in self.layers)
+            if _rounds(layer) and (self.layers is None or name.removesuffix(".base_layer") in self.layers)
         ]
 
     def attach(self, model: Any) -> None:
