@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from hf_lowbit.hf.delta_gbs import delta_gbs_report, disable_delta_gbs, enable_delta_gbs, reset_delta_gbs
     from hf_lowbit.hf.entry import quantize, register
     from hf_lowbit.hf.packed import unverified
+    from hf_lowbit.hf.quantcache import apply_quantcache, remove_quantcache
     from hf_lowbit.layers import PackedLinear, packed_modules, set_act_bits
     from hf_lowbit.methods.adasvd import AdaSVDConfig
     from hf_lowbit.methods.arb import ARBConfig
+    from hf_lowbit.methods.condiquant import CondiQuantConfig
     from hf_lowbit.methods.dvd_quant import DVDQuantConfig
     from hf_lowbit.methods.pbs2p import PBS2PConfig
+    from hf_lowbit.methods.quantcache import QuantCacheConfig
     from hf_lowbit.methods.recalkv import ReCalKVConfig
     from hf_lowbit.recipe import LowBitRecipe
 
@@ -40,6 +43,7 @@ _HOMES = {
     "CalibrationError": "errors",
     "CalibrationRecord": "config",
     "CheckpointError": "errors",
+    "CondiQuantConfig": "methods.condiquant",
     "DVDQuantConfig": "methods.dvd_quant",
     "HfLowbitError": "errors",
     "HubError": "errors",
@@ -47,16 +51,19 @@ _HOMES = {
     "LowBitRecipe": "recipe",
     "PBS2PConfig": "methods.pbs2p",
     "PackedLinear": "layers",
+    "QuantCacheConfig": "methods.quantcache",
     "ReCalKVCache": "cache",
     "ReCalKVConfig": "methods.recalkv",
     "RunOptions": "config",
     "UnsupportedModelError": "errors",
+    "apply_quantcache": "hf.quantcache",
     "delta_gbs_report": "hf.delta_gbs",
     "disable_delta_gbs": "hf.delta_gbs",
     "enable_delta_gbs": "hf.delta_gbs",
     "packed_modules": "layers",
     "quantize": "hf.entry",
     "register": "hf.entry",
+    "remove_quantcache": "hf.quantcache",
     "reset_delta_gbs": "hf.delta_gbs",
     "set_act_bits": "layers",
     "unverified": "hf.packed",
@@ -68,6 +75,7 @@ __all__ = [
     "CalibrationError",
     "CalibrationRecord",
     "CheckpointError",
+    "CondiQuantConfig",
     "DVDQuantConfig",
     "HfLowbitError",
     "HubError",
@@ -75,16 +83,19 @@ __all__ = [
     "LowBitRecipe",
     "PBS2PConfig",
     "PackedLinear",
+    "QuantCacheConfig",
     "ReCalKVCache",
     "ReCalKVConfig",
     "RunOptions",
     "UnsupportedModelError",
+    "apply_quantcache",
     "delta_gbs_report",
     "disable_delta_gbs",
     "enable_delta_gbs",
     "packed_modules",
     "quantize",
     "register",
+    "remove_quantcache",
     "reset_delta_gbs",
     "set_act_bits",
     "unverified",

@@ -55,6 +55,21 @@ class ImageConfig(LowBitConfig):
         """Inputs of every layer, in rows, that a run keeps as a sample beside their second moment; 0 for none."""
         return 0
 
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether the dense model is kept until the end of the run."""
+        return False
+
+    @property
+    def sequential(self) -> bool:
+        """Whether each layer is calibrated on what the compressed ones before it produce."""
+        return False
+
+    @property
+    def lacks_data(self) -> str | None:
+        """Return why a run without calibration images is impossible, None if it is not."""
+        return None
+
     def problems(self) -> list[str]:
         """Return what is wrong with the values, empty if nothing is."""
         found, data = super().problems(), self.calibration

@@ -19,6 +19,7 @@ METHOD_MODULES = (
     "hf_lowbit.methods.condiquant",
     "hf_lowbit.methods.dvd_quant",
     "hf_lowbit.methods.pbs2p",
+    "hf_lowbit.methods.quantcache",
     "hf_lowbit.methods.recalkv",
 )
 

@@ -27,6 +27,7 @@ from hf_lowbit.calibration import capture
 from hf_lowbit.calibration.data import calibration_tokens
 from hf_lowbit.calibration.stats import LinearStats, PairedStats
 from hf_lowbit.compress import observation
+from hf_lowbit.compress.image_run import draw_patches, run_on_images
 from hf_lowbit.compress.journal import Journal, run_identity
 from hf_lowbit.compress.measures import StackMeasures
 from hf_lowbit.compress.outcome import RunReport, finished_config, relative_errors
@@ -36,9 +37,10 @@ from hf_lowbit.compress.source import CheckpointSource
 from hf_lowbit.compress.targets import plan_run
 from hf_lowbit.compress.team import Team
 from hf_lowbit.config import CalibratedConfig, CalibrationRecord, LowBitConfig
-from hf_lowbit.errors import CheckpointError, UnsupportedModelError
+from hf_lowbit.errors import CalibrationError, CheckpointError, UnsupportedModelError
 from hf_lowbit.experts import fused_name, fused_parameters, put_together, take_apart
 from hf_lowbit.formats import Format
+from hf_lowbit.image_config import WITH_DATA, ImageConfig
 from hf_lowbit.layers import PackedLinear, dense_weight, features, stored_shape
 from hf_lowbit.recipe import rules_of
 
@@ -77,7 +79,8 @@ class Run:
         keep_memory_in_pieces()
         calibrated = check_calibration(config)
         self.calibrated = calibrated is not None
-        self.stacks, self.targets = plan_run(model, config, self.calibrated)
+        self.on_images = isinstance(calibrated, ImageConfig)  # the whole model at once, so it need have no blocks
+        self.stacks, self.targets = plan_run(model, config, self.calibrated and not self.on_images)
         if self.targets.unwanted:
             listed = "; ".join(f"{name}: {reason}" for name, reason in self.targets.unwanted.items())
             logger.warning("%d layers stay dense although nothing skips them (%s)", len(self.targets.unwanted), listed)
@@ -86,8 +89,11 @@ class Run:
         self._check_weights()
         self.record: CalibrationRecord | None = None
         self.batches: list[Tensor] = []
-        if calibrated is not None:
+        if isinstance(calibrated, ImageConfig):
+            self.batches, self.record = draw_patches(self, calibrated)
+        elif calibrated is not None:
             self._draw(calibrated, tokenizer)
+        self.changed: dict[str, Any] | None = None  # see compress_layers
         self.gradients: dict[str, Tensor] = {}  # of the loss with respect to outputs, see LowBitConfig.streams
         self.rows: dict[str, dict[str, Any]] = {}
         self.table: dict[str, dict[str, Any]] = {}
@@ -217,9 +223,25 @@ class Run:
                     del self.targets.dense[name]
         return [name for name in names if name not in reasons]
 
-    def compress_layers(self, names: list[str], stats: Mapping[str, LinearStats | PairedStats]) -> None:
-        """Replace layers by their packed form and record them, in order."""
-        self._record(self._replace(names, stats))
+    def compress_layers(
+        self,
+        names: list[str],
+        stats: Mapping[str, LinearStats | PairedStats],
+        journal: bool = True,
+        changed: dict[str, Any] | None = None,
+    ) -> None:
+        """Replace layers by their packed form and record them, in order.
+
+        Args:
+            names: of the layers.
+            stats: of their inputs.
+            journal: whether they are finished, so that a later run need not do them again.
+            changed: gets the weights that a method has rounded in place of those it was given.
+        """
+        self.changed = changed
+        packed = self._replace(names, stats)
+        if journal:
+            self._record(packed)
 
     def _record(self, layers: dict[str, Format]) -> None:
         """Put packed layers into the journal."""
@@ -282,6 +304,8 @@ class Run:
             unit = registry.LinearUnit(name=name, weight=weight, projection=projection)
             packed = registry.get(options.method).compress(unit, stats, options)
             packed.validate(name)
+            if self.changed is not None and unit.changed is not None:
+                self.changed[name] = unit.changed
             errors = relative_errors(unit.weight, packed.unpack(), stats)
         return packed, {
             "module": name,
@@ -341,6 +365,8 @@ class Run:
         self.model.eval()
         try:
             with torch.no_grad():
+                if self.on_images:
+                    run_on_images(self)
                 for stack in self.stacks:
                     self.block_by_block(stack)
                 self.without_data([name for name in self.targets.methods if name not in self.rows])
@@ -479,21 +505,38 @@ def _short(name: str) -> str:
     return f"{numbers[0]}.{last}" if numbers else last
 
 
-def check_calibration(config: LowBitConfig) -> CalibratedConfig | None:
+def check_calibration(config: LowBitConfig) -> CalibratedConfig | ImageConfig | None:
     """Return the config that names the calibration data of a run, None if it needs none.
 
     Raises:
         ValueError: rules of a recipe ask for different data.
+        CalibrationError: a rule cannot do without data and names none.
     """
-    needy = [rule for _, rule in rules_of(config) if rule.needs != "none" and isinstance(rule, CalibratedConfig)]
+    for _, rule in rules_of(config):
+        if isinstance(rule, ImageConfig) and rule.lacks_data:
+            raise CalibrationError(rule.lacks_data)
+    needy = [rule for _, rule in rules_of(config) if rule.needs != "none" and isinstance(rule, WITH_DATA)]
     if not needy:
         return None
     first = needy[0]
     for other in needy[1:]:
-        for field in ("calibration", "samples", "sequence_length", "seed"):
-            if getattr(other, field) != getattr(first, field):
-                raise ValueError(f"all rules of a recipe share one calibration; {field} differs between them")
+        if other.needs != first.needs:
+            raise ValueError(f"all rules of a recipe share one calibration; they need {first.needs} and {other.needs}")
+        if isinstance(first, ImageConfig):
+            differs = [
+                field for field in ("samples", "patch_size", "degradation", "seed") if _differs(first, other, field)
+            ]
+            differs += [] if other.calibration is first.calibration else ["calibration"]  # images are not compared
+        else:
+            fields = ("calibration", "samples", "sequence_length", "seed")
+            differs = [field for field in fields if _differs(first, other, field)]
+        if differs:
+            raise ValueError(f"all rules of a recipe share one calibration; {differs[0]} differs between them")
     return first
+
+
+def _differs(one: LowBitConfig, other: LowBitConfig, field: str) -> bool:
+    return bool(getattr(one, field) != getattr(other, field))
 
 
 def compress_model(model: nn.Module, config: LowBitConfig, tokenizer: Any = None) -> tuple[LowBitConfig, RunReport]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.calibration.stats import LinearStats, PairedStats
-from hf_lowbit.config import CalibratedConfig, CalibrationRecord, LowBitConfig
+from hf_lowbit.config import CalibrationRecord, LowBitConfig
+from hf_lowbit.image_config import WITH_DATA
 from hf_lowbit.recipe import LowBitRecipe
 
 
@@ -73,7 +74,7 @@ def finished_config(
     """Return the config as it is saved: with the tables of the run, and with a record instead of the data."""
 
     def recorded(rule: Any) -> Any:
-        known = isinstance(rule, CalibratedConfig) and rule.needs != "none"
+        known = isinstance(rule, WITH_DATA) and rule.needs != "none"
         return dataclasses.replace(rule, calibration=record) if known else rule
 
     if isinstance(config, LowBitRecipe):

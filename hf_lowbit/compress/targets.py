@@ -14,10 +14,12 @@ from hf_lowbit.compress.projections import NOT_CACHED, check_projections, rule_f
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import UnsupportedModelError
 from hf_lowbit.experts import expert_names, fused_parameters, is_supported
+from hf_lowbit.image_config import ImageConfig
 from hf_lowbit.layers import DENSE_TYPES
 from hf_lowbit.recipe import matches, rules_of
 
 OUTPUT_HEAD, TIED, FP32 = "output head", "tied weight", "kept in float32 by the model"
+CONVOLUTION = "convolution"
 NOT_TEXT, ROUTER = "not part of the text model", "router of experts"
 
 Stacks = list[dict[str, nn.Module]]
@@ -108,6 +110,8 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
             dense[name] = NOT_CACHED if passed else "no rule of the recipe matches"
         elif not any(root == "" or name.startswith(f"{root}.") for root in roots):
             dense[name] = NOT_TEXT
+        elif reason and isinstance(rule, ImageConfig) and reason.startswith("layers of type Conv"):
+            dense[name] = CONVOLUTION
         elif reason:
             dense[name] = unwanted[name] = reason
         elif blocks is not None and not any(name.startswith(f"{block}.") for block in blocks):
@@ -134,7 +138,7 @@ def _units(model: nn.Module) -> Iterator[tuple[str, str]]:
             continue
         fused = {} if isinstance(module, nn.Conv1d) else fused_parameters(module)
         if not is_supported(module):  # a table of positions or shifts has one "expert", and is no layer
-            fused = {leaf: parameter for leaf, parameter in fused.items() if len(parameter) > 1}
+            fused = {leaf: part for leaf, part in fused.items() if len(part) > 1 and part[0].numel() > 1}
         if fused and is_supported(module):
             for parameter, weights in fused.items():
                 yield from ((expert, "") for expert in expert_names(name, parameter, len(weights)))

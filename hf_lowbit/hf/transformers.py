@@ -25,11 +25,13 @@ from hf_lowbit.config import HfLowbitMethod, LowBitConfig, calibration_kind
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.hf.latent import attach_cache, detach_cache, prepare_cache, split_listed
 from hf_lowbit.hf.packed import (
+    attach_runtime,
     build_skeleton,
     check_stored_config,
     check_values,
     dense_source,
     dequantize_layers,
+    detach_runtime,
     name_in,
     safetensors_of,
     verify_files,
@@ -109,6 +111,7 @@ class LowBitHfQuantizer(HfQuantizer):
             build_skeleton(model, self.quantization_config.modules or {}, self._files)
             self.quantization_config = _named_as_in(model, self.quantization_config)
             attach_cache(model, self.quantization_config)
+            attach_runtime(model, self.quantization_config)
             verify_files(self._files, self.quantization_config, "RunOptions(verify=False)")
             return model
         source = dense_source(checkpoint_files, getattr(model, "base_model_prefix", ""))
@@ -180,6 +183,7 @@ class LowBitHfQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as config.json has it
         dequantize_layers(model, dtype)
         detach_cache(model)
+        detach_runtime(model, self.quantization_config)
         withdraw_push(model)
         return model
 
@@ -245,7 +249,7 @@ def _refuse_unloaded(model: Any) -> None:
 def _tokenizer_for(config: LowBitConfig, model: Any) -> Any:
     """Return the tokenizer for calibration text, loaded from where the model came from unless one was given."""
     calibrated = check_calibration(config)
-    if calibrated is None or calibration_kind(calibrated.calibration) == "tokens":
+    if calibrated is None or calibrated.needs != "tokens" or calibration_kind(calibrated.calibration) == "tokens":
         return None
     if config.run.tokenizer is not None:
         return config.run.tokenizer

@@ -22,6 +22,17 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"variant": variant, "iterations": 4, "x_iterations": 4, "quantiles": 9, "max_salient_per_block": 12}
         for variant in ("rc", "x", "arb", "billm", "rtn")
     ],
+    "condiquant": [
+        {"cond_steps": 3, "dobi_candidates": 10, **form}
+        for form in (
+            {},
+            {"weight_bits": 2, "act_bits": 2, "cond_strength": 0.03},
+            {"weight_bits": 3, "act_mode": "dynamic", "regularizer": "top"},
+            {"weight_bits": 8, "act_bits": 8, "regularizer": "clip"},
+            {"weight_bits": 2, "act_bits": 4, "bound_search": "percentile"},
+            {"weight_bits": 3, "act_mode": "none", "cond_strength": 0, "search_sides": "two"},
+        )
+    ],
     "dvd_quant": [
         {"layers": "all", **form}
         for form in (
@@ -66,12 +77,14 @@ PIPELINE = {"quantcache"}
 BASELINE: dict[str, dict[str, Any]] = {
     "adasvd": {"init": "svd", "iterations": 0},
     "arb": {"variant": "rtn"},
+    "condiquant": {"bound_search": "minmax", "cond_strength": 0},
     "dvd_quant": {"weight_init": "minmax", "rotation": "none", "balance": "none"},
     "pbs2p": {"fit": "plain", "groups": "none", "compensation": "none"},
 }
 # method -> options that the baseline shares with what it is compared with, such as the size
 SHARED: dict[str, tuple[str, ...]] = {
     "adasvd": ("ratio", "rank_multiple", "factors", "factor_group"),
+    "condiquant": ("weight_bits", "act_bits", "act_mode"),
     "dvd_quant": ("w_bits", "group_size", "scale_dtype", "preset"),
 }
 

@@ -41,7 +41,7 @@ def inputs_of(columns: int, count: int = 300) -> torch.Tensor:
 
 
 def stats_of(inputs: torch.Tensor) -> LinearStats:
-    stats = LinearStats("layer", inputs.shape[-1])
+    stats = LinearStats("layer", inputs.shape[-1], keep=64)
     stats.update(inputs.unsqueeze(0))
     return stats
 

@@ -1,0 +1,196 @@
+"""CondiQuant for one linear layer: condition the weight, search the grids, choose the strength.
+
+=========  ====================================================================
+symbol     name
+=========  ====================================================================
+W0, W'     weight as it was, and after conditioning
+X          inputs of the layer, rows; X̂ on the inputs' grid
+l, u       ends of a grid
+t          strength of conditioning
+=========  ====================================================================
+
+Source: CondiQuant (arXiv 2502.15478) on the quantizers of 2DQuant (arXiv 2406.06649), whose code was read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.errors import CalibrationError
+from hf_lowbit.kernels.activation import on_range, range_codes
+from hf_lowbit.methods.condiquant.options import CondiQuantConfig
+from hf_lowbit.numerics.bounds import search_bounds
+from hf_lowbit.numerics.conditioning import condition, condition_number, output_change
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class LayerFit:
+    """A layer on its grids.
+
+    Attributes:
+        weight: W', (n, m), what was rounded.
+        codes: (n, m), uint8.
+        bounds: (parts, 2), float32, ends of the grid of each part of the rows.
+        act_bounds: (2,), float32, of the inputs; None where they are not rounded on a stored grid.
+    """
+
+    weight: Tensor
+    codes: Tensor
+    bounds: Tensor
+    act_bounds: Tensor | None
+
+
+def parts_of(name: str, rows: int) -> int:
+    """Return into how many parts the rows of a layer fall: three for queries, keys and values in one, else one.
+
+    Source: 2DQuant's code quantizes the three apart (``qkv_separation``).
+    """
+    return 3 if name.rpartition(".")[2].lower() in ("qkv", "query_key_value") and rows % 3 == 0 else 1
+
+
+def bounds_of(values: Tensor, bits: int, options: CondiQuantConfig, limits: Any = None) -> Tensor:
+    """Return both ends of the grid of a tensor, (2,), float32, as the options search them."""
+    found = search_bounds(
+        values,
+        bits,
+        options.bound_search,
+        limits=limits,
+        candidates=options.dobi_candidates,
+        sides=options.search_sides,
+        percentile=options.percentile,
+    )
+    return torch.tensor(found, dtype=torch.float32, device=values.device)
+
+
+def input_bounds(stats: Any, options: CondiQuantConfig, where: str) -> Tensor | None:
+    """Return the grid of a layer's inputs, (2,), None unless it is stored.
+
+    Raises:
+        CalibrationError: no sample of the inputs was gathered.
+    """
+    if options.act_mode != "static":
+        return None
+    sample = None if stats is None else stats.sample
+    if sample is None:
+        raise CalibrationError(f"{where}: a stored grid of activations needs a sample of the layer's inputs")
+    return bounds_of(sample, options.act_bits, options, (stats.low, stats.high))
+
+
+def rounded(weight: Tensor, parts: int, options: CondiQuantConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Round a weight.
+
+    Args:
+        weight: (n, m), float32.
+        parts: equal parts of its rows, each with a grid of its own.
+        options: bits and search.
+
+    Returns:
+        Codes (n, m), uint8, ends (parts, 2) and values (n, m), float32.
+    """
+    codes, ends, values = [], [], []
+    for part in weight.chunk(parts):
+        found = bounds_of(part, options.weight_bits, options)
+        codes.append(range_codes(part, *found, options.weight_bits).to(torch.uint8))
+        values.append(on_range(part, *found, options.weight_bits))
+        ends.append(found)
+    return torch.cat(codes), torch.stack(ends), torch.cat(values)
+
+
+def conditioned(weight: Tensor, moment: Tensor, strength: float, parts: int, options: CondiQuantConfig) -> Tensor:
+    """Condition each part of the rows of a weight by itself; (n, m), float32 (see ``numerics.conditioning``)."""
+    one = [
+        condition(part, moment, strength, options.cond_steps, options.regularizer, options.cond_limit)
+        for part in weight.chunk(parts)
+    ]
+    return torch.cat(one)
+
+
+def fit(weight: Tensor, stats: Any, options: CondiQuantConfig, where: str, trace: list[dict[str, Any]]) -> LayerFit:
+    """Condition and round one layer.
+
+    Args:
+        weight: W0, (n, m), floating; not modified.
+        stats: of its inputs, with a sample; None in a run without data.
+        options: of the method.
+        where: name of the layer.
+        trace: gets a row with t, κ before and after, the change of outputs, and the total error ‖X̂ Ŵ'ᵀ - X W0ᵀ‖ as a
+            share of ‖X W0ᵀ‖.
+
+    Returns:
+        Codes and grids.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity.
+        CalibrationError: static grids without a sample of the inputs.
+
+    Source: CondiQuant, "proximal gradient descent, followed by standard 2DQuant"; DOBI for all grids.
+    Differs: the paper's t is not public; "auto" takes the one with the least total error on a sample of rows.
+    """
+    original = weight.detach().float()
+    if not bool(torch.isfinite(original).all()):
+        raise ValueError(f"{where}: weight holds NaN or infinity")
+    parts = parts_of(where, len(original))
+    act_bounds = input_bounds(stats, options, where)
+    moment = stats.second_moment(torch.float64) if stats is not None and options.conditions else None
+    candidates = options.strengths if moment is not None else (0.0,)
+    rows = None if stats is None else stats.sample
+    wanted = None if rows is None else rows.to(original) @ original.T
+    inputs = rows if rows is None else _as_met(rows.to(original), act_bounds, options)
+    best: tuple[float, float, Tensor] | None = None
+    for strength in candidates:
+        changed = _conditioned_or_kept(original, moment, strength, parts, options, where)
+        _, _, values = rounded(changed, parts, options)
+        error = 0.0
+        if inputs is not None and wanted is not None:
+            error = float((inputs @ values.T - wanted).norm() / wanted.norm().clamp(min=1e-30))
+        if best is None or error < best[0]:
+            best = (error, strength, changed)
+    if best is None:
+        raise AssertionError("at least one strength is tried")
+    error, strength, changed = best
+    codes, bounds, _ = rounded(changed, parts, options)
+    if moment is not None:
+        trace.append(
+            {
+                "strength": strength,
+                "condition_before": max(map(condition_number, original.chunk(parts))),
+                "condition_after": max(map(condition_number, changed.chunk(parts))),
+                "output_change": output_change(original, changed, moment),
+                "total_error": error,
+            }
+        )
+    return LayerFit(changed, codes, bounds, act_bounds)
+
+
+def _as_met(rows: Tensor, act_bounds: Tensor | None, options: CondiQuantConfig) -> Tensor:
+    """Return inputs as the quantized layer will meet them."""
+    if options.act_mode == "none":
+        return rows
+    ends = torch.stack([rows.min(), rows.max()]) if act_bounds is None else act_bounds.to(rows)
+    return on_range(rows, *ends, options.act_bits)
+
+
+def _conditioned_or_kept(
+    weight: Tensor, moment: Tensor | None, strength: float, parts: int, options: CondiQuantConfig, where: str
+) -> Tensor:
+    """Return the conditioned weight, or the weight as it is where there are no singular values to be had."""
+    if moment is None or (strength == 0 and options.regularizer != "clip"):
+        return weight
+    if not bool(torch.isfinite(moment).all()):
+        logger.warning("%s: the second moment of its inputs is not finite; it is not conditioned", where)
+        return weight
+    if not float(moment.diagonal().sum()) > 0:
+        logger.warning("%s: receives only zeros; it is not conditioned", where)
+        return weight
+    try:
+        return conditioned(weight, moment, strength, parts, options)
+    except torch.linalg.LinAlgError as error:
+        logger.warning("%s: its singular values could not be computed (%s); it is not conditioned", where, error)
+        return weight

@@ -1,0 +1,127 @@
+"""Options of CondiQuant. The paper's body and code are not public; a default says so where it had to be chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+from hf_lowbit.config import option, shown
+from hf_lowbit.image_config import ImageConfig
+from hf_lowbit.numerics.bounds import SEARCHES, SIDES
+from hf_lowbit.numerics.conditioning import REGULARIZERS
+
+# Tried by "auto"; at 4 bits the small ones win, at 2 bits the large ones.
+STRENGTHS = (0.0, 0.003, 0.01, 0.03, 0.06)
+AUTO = "auto"
+BITS = (2, 3, 4, 8)
+
+
+@dataclasses.dataclass(kw_only=True)
+class CondiQuantConfig(ImageConfig):
+    """2 to 4-bit weights and activations for image super-resolution (CondiQuant, arXiv 2502.15478).
+
+    ``CondiQuantConfig(weight_bits=2, act_bits=2, calibration="photos/")``. Weights are conditioned (their condition
+    number falls, their outputs stay nearly the same), then weights and inputs of every linear layer get one uniform
+    grid each, and so do queries, keys, values and soft-max of attention modules of a known kind.
+
+    Without calibration images only grids that need none are possible: ``act_mode`` "dynamic" or "none", and
+    ``cond_strength`` 0.
+
+    Attributes:
+        cond_strength: t, a number from 0 to 10, or "auto".
+    """
+
+    method: ClassVar[str] = "condiquant"
+
+    weight_bits: int = option(4, "bits of a weight", choices=BITS)
+    act_bits: int = option(4, "bits of an activation", choices=BITS)
+    cond_strength: Any = option(
+        AUTO,
+        "strength t of the proximal step, a number; 0: weights stay as they are; auto: of "
+        f"{', '.join(f'{t:g}' for t in STRENGTHS)} the one whose quantized outputs are best, for each layer",
+    )
+    cond_steps: int = option(30, "steps of proximal gradient descent (K)", low=1, high=10_000)
+    regularizer: str = option(
+        "variance", "what the proximal step lowers: spread of singular values, the largest, or κ", choices=REGULARIZERS
+    )
+    cond_limit: float = option(30.0, "largest κ, for regularizer clip", low=1.0, high=1e12)
+    bound_search: str = option("dobi", "how the ends of grids are chosen", choices=SEARCHES)
+    dobi_candidates: int = option(100, "ranges that dobi tries", low=2, high=10_000)
+    percentile: float = option(0.999, "share of values below the upper end, for percentile", low=0.5, high=1.0)
+    search_sides: str = option(
+        "auto", "which ends are searched: auto searches the upper one of what is not negative", choices=SIDES
+    )
+    act_mode: str = option(
+        "static",
+        "activations: static (ends from calibration), dynamic (of each call), none (weights only)",
+        choices=("static", "dynamic", "none"),
+    )
+    quantize_attention: bool = option(True, "also quantize q, k, v and soft-max of attention modules of known kinds")
+    sequential: bool = option(
+        False, "calibrate each layer on what the quantized ones before it produce, not on the dense model's inputs"
+    )
+    refine: str = option("none", "dqc: learn the ends of all grids from the dense model", choices=("none", "dqc"))
+    refine_steps: int = option(4000, "steps of dqc", low=1, high=10**6)
+    refine_lr: float = option(0.01, "learning rate of dqc, as a share of each grid's range", low=1e-6, high=1.0)
+    refine_batch: int = option(8, "patches per step of dqc", low=1, high=1024)
+    feature_weight: float = option(0.01, "weight of the features' term in the loss of dqc", low=0.0, high=1000.0)
+
+    def __post_init__(self) -> None:
+        value = self.cond_strength
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            self.cond_strength = f"{value:g}"  # one type in the file and on the command line
+        super().__post_init__()
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, empty if nothing is."""
+        found = super().problems()
+        if isinstance(self.cond_strength, str) and self.cond_strength != AUTO:
+            try:
+                value = float(self.cond_strength)
+            except ValueError:
+                value = math.nan
+            if not 0 <= value <= 10:
+                found.append(f"cond_strength must be 'auto' or a number from 0 to 10, got {shown(self.cond_strength)}")
+        return found
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Values of t that are tried on each layer."""
+        return STRENGTHS if self.cond_strength == AUTO else (float(self.cond_strength),)
+
+    @property
+    def conditions(self) -> bool:
+        """Whether weights may be changed before they are rounded."""
+        return self.regularizer == "clip" or self.strengths != (0.0,)
+
+    @property
+    def rows_kept(self) -> int:
+        """Inputs of every layer that are kept, on which grids are searched and outputs compared."""
+        return 4096
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether the dense model is kept until the end of the run."""
+        return self.refine == "dqc"
+
+    @property
+    def lacks_data(self) -> str | None:
+        """Return why a run without calibration images is impossible, None if it is not."""
+        if self.calibration is not None:
+            return None
+        wanted = []
+        if self.act_mode == "static":
+            wanted.append("act_mode='static' (use 'dynamic' or 'none')")
+        if self.conditions:
+            wanted.append(f"cond_strength={self.cond_strength!r} (use 0)")
+        if self.refine != "none":
+            wanted.append(f"refine={self.refine!r} (use 'none')")
+        if not wanted:
+            return None
+        return (
+            "CondiQuantConfig needs calibration images for "
+            + ", ".join(wanted)
+            + "; pass calibration=images here, or "
+            "to hf_lowbit.quantize(model, config)"
+        )
