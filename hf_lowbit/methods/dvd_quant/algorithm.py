@@ -145,11 +145,16 @@ def grids(rows: Tensor, search: Search) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         Step (n, 1) > 0, as ``search.scale_dtype`` holds it, zero point (n, 1), whole numbers, and squared error
-        (n, 1), which is infinite for a row of which no step is a number of that dtype. A row of zeros, or of values
+        (n, 1), which is infinite for a row whose whole range has no step of that dtype. A row of zeros, or of values
         for which the step would vanish, has step 1, and with it zeros.
     """
     low, high = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
+    if search.symmetric:  # the baseline has one largest magnitude for both sides
+        high = torch.maximum(-low, high)
+        low = -high
     span = high - low
+    # of a row beyond the dtype narrower ranges might fit, and clip what nobody asked to
+    fits = torch.isfinite((span / (2**search.bits - 1)).to(search.scale_dtype))
     one = torch.ones_like(low)
     best = _Best(one, torch.zeros_like(low), torch.full_like(low, math.inf))
     for share in search.starts:
@@ -161,7 +166,7 @@ def grids(rows: Tensor, search: Search) -> tuple[Tensor, Tensor, Tensor]:
             best.keep(scale, zero, _error(rows, scale, zero, codes_of(rows, scale, zero, search.bits)))
     if search.iters and not search.full:
         _refine(rows, best, best.scale, best.zero, search)
-    return best.scale, best.zero, best.error
+    return best.scale, best.zero, torch.where(fits, best.error, math.inf)
 
 
 def fit(rows: Tensor, group_size: int, search: Search, where: str) -> IntegerFit:
