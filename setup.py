@@ -12,10 +12,15 @@ LIBRARIES = {
         ("api", "tile_avx512", "expand_avx512bf16", "tile_avx2", "tile_portable", "wide_amx"),
         ("avx512.h", "binary.h", "expand.h", "half.h", "tile.h"),
     ),
+    "_integer": (
+        ("integer_api", "integer_avx512", "integer_avx2", "integer_portable"),
+        ("avx512.h", "binary.h", "half.h", "integer.h", "integer_rows.h", "integer_x86.h"),
+    ),
     "_popcount": (
         ("popcount", "popcount_avx512", "popcount_avx2", "popcount_portable"),
         ("half.h", "popcount.h", "popcount_finish.h", "popcount_rows.h"),
     ),
+    "_latent": (("latent", "latent_tiles", "latent_dots"), ("avx512.h", "half.h", "latent.h", "latent_core.h")),
     "_low_rank": (("low_rank", "low_rank_avx2", "low_rank_avx512"), ("half.h", "low_rank.h", "low_rank_tile.h")),
 }
 

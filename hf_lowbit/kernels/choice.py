@@ -22,7 +22,7 @@ class Kernel:
         name: for :func:`forced` and for tables.
         summary: what it does, in a few words.
         why_not: of a case -> reason or None.
-        linear: the product.
+        linear: the product, or what the op returns.
         dequantize: the dense weight, or None to leave that to the reference.
         opt_in: never taken unless forced.
     """
@@ -30,7 +30,7 @@ class Kernel:
     name: str
     summary: str
     why_not: Callable[..., str | None]
-    linear: Callable[..., Tensor]
+    linear: Callable[..., Any]
     dequantize: Callable[..., Tensor] | None = None
     opt_in: bool = False
 

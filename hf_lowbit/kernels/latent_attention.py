@@ -11,22 +11,24 @@ A model with neither norm nor rotation needs no keys either: ``q·U_h`` meets th
 the logarithm of the softmax' sum, so that results over two stretches of a cache can be merged (:func:`merge`).
 
 The reference below is the definition, computed in float32 (float64 for such inputs); other kernels say where they
-round (:mod:`hf_lowbit.kernels.latent_cpu`). There is no gradient: training goes another way, see
-``cache/attention.py``.
+round (:mod:`hf_lowbit.kernels.cpu.latent`, :mod:`hf_lowbit.kernels.latent_torch`). There is no gradient: training goes
+another way, see ``cache/attention.py``.
 
 Source: ReCalKV (arXiv 2505.24357); rotation of cached latents with their own positions as in Palu (arXiv 2407.21118).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_lowbit.kernels import dispatch, latent_cpu
+from hf_lowbit.kernels import latent_torch
+from hf_lowbit.kernels.choice import Kernel, Table
+from hf_lowbit.kernels.cpu import latent as cpu
+from hf_lowbit.kernels.latent_case import Case
 from hf_lowbit.kernels.latent_codec import decode_rows, group_places, row_bytes, shares
 from hf_lowbit.kernels.ops import LIBRARY, unobserved
 
@@ -87,36 +89,19 @@ def _latents(stored: Tensor, ranks: Sequence[int], bits: int, dtype: torch.dtype
     return decode_rows(stored, ranks, bits, dtype) if bits else stored.to(dtype)
 
 
-def _reference(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    up_k: Tensor,
-    up_v: Tensor,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    norm: Tensor | None,
-    positions: Tensor | None,
-    inv_freq: Tensor | None,
-    mask: Tensor | None,
-    groups_k: Sequence[int],
-    ranks_k: Sequence[int],
-    groups_v: Sequence[int],
-    ranks_v: Sequence[int],
-    scaling: float,
-    rope_scale: float,
-    eps: float,
-    bits: int,
-) -> tuple[Tensor, Tensor]:
+def _reference(case: Case) -> tuple[Tensor, Tensor]:
+    q, up_k, up_v, norm, mask = case.q, case.up_k, case.up_v, case.norm, case.mask
+    bias_k, bias_v = case.bias_k, case.bias_v
     dtype = torch.promote_types(q.dtype, torch.float32)
-    zk, zv = (_latents(keys, ranks_k, bits, dtype), _latents(values, ranks_v, bits, dtype))
+    zk = _latents(case.keys, case.ranks_k, case.bits, dtype)
+    zv = _latents(case.values, case.ranks_v, case.bits, dtype)
     batch, tokens = zk.shape[:2]
     query = q.to(dtype).unflatten(1, (up_k.shape[0], -1))  # batch, key heads, queries of each, head_dim
     turn = None
-    if positions is not None and inv_freq is not None:
-        turn = rotation(positions, inv_freq, rope_scale)
+    if case.positions is not None and case.inv_freq is not None:
+        turn = rotation(case.positions, case.inv_freq, case.rope_scale)
     scores = query.new_empty((*query.shape[:3], tokens))
-    for heads, place in group_places(groups_k, ranks_k):
+    for heads, place in group_places(case.groups_k, case.ranks_k):
         z, up = zk[..., place], up_k[heads, :, : place.stop - place.start].to(dtype)
         bias = None if bias_k is None else bias_k.to(dtype).view(up_k.shape[:2])[heads]
         if norm is None and turn is None:
@@ -128,18 +113,18 @@ def _reference(
         if bias is not None:
             key = key + bias[:, None]
         if norm is not None:
-            key = key * torch.rsqrt(key.square().mean(-1, keepdim=True) + eps) * norm.to(dtype)
+            key = key * torch.rsqrt(key.square().mean(-1, keepdim=True) + case.eps) * norm.to(dtype)
         if turn is not None:
             key = rotate(key, turn[0].to(dtype), turn[1].to(dtype))
         scores[:, heads] = query[:, heads] @ key.transpose(2, 3)
-    scores = scores.flatten(1, 2) * scaling  # batch, heads, tokens
+    scores = scores.flatten(1, 2) * case.scaling  # batch, heads, tokens
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(dtype)
     lse = torch.logsumexp(scores, dim=-1)
     # A query that sees nothing (padding) gives 0, like torch's own attention, and no NaN for later tokens to meet.
     weights = shares(scores, lse[..., None]).unflatten(1, (up_k.shape[0], -1))
     out = torch.empty_like(query)
-    for heads, place in group_places(groups_v, ranks_v):
+    for heads, place in group_places(case.groups_v, case.ranks_v):
         up = up_v[heads, :, : place.stop - place.start].to(dtype)
         mixed = weights[:, heads] @ zv[..., place].unsqueeze(1)  # batch, heads of the group, queries of each, rank
         out[:, heads] = mixed @ up.transpose(1, 2)
@@ -148,66 +133,34 @@ def _reference(
     return out.flatten(1, 2).to(q.dtype), lse.to(dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One way to attend to latents.
-
-    Attributes:
-        name: for :func:`dispatch.forced` and for tables.
-        summary: what it does, in a few words.
-        why_not: ``(arguments of the op) -> reason or None``.
-        decode: ``(arguments of the op) -> (out, lse)``.
-    """
-
-    name: str
-    summary: str
-    why_not: Callable[..., str | None]
-    decode: Callable[..., tuple[Tensor, Tensor]]
+# A case is a Case; the product of a kernel is ``(outputs, logarithms of the soft-max' sums)``.
+TABLE = Table(
+    Kernel("cpu", "C++ in bfloat16, keys rebuilt and rotated in the first cache", cpu.why_not, cpu.decode),
+    Kernel("torch", "torch in bfloat16, keys are not rebuilt", latent_torch.why_not, latent_torch.decode),
+    Kernel("reference", "plain torch in float32, rebuilds the keys in every call", lambda _: None, _reference),
+)
+choose, reasons = TABLE.choose, TABLE.reasons
 
 
-# In order of preference.
-KERNELS: dict[str, Kernel] = {
-    "cpu": Kernel("cpu", "bfloat16 products, keys are not rebuilt", latent_cpu.why_not, latent_cpu.decode),
-    "reference": Kernel(
-        "reference", "plain torch in float32, rebuilds the keys in every call", lambda *_: None, _reference
-    ),
-}
-
-
-def choose(*arguments: Any) -> Kernel:
-    """Return the kernel for a case.
-
-    Raises:
-        RuntimeError: a kernel is forced that cannot do it; with the reason.
-    """
-    forced = KERNELS.get(dispatch.forced_name() or "")
-    if forced is not None:
-        reason = forced.why_not(*arguments)
-        if reason is not None:
-            raise RuntimeError(f"kernel {forced.name!r} was asked for and cannot attend to these latents: {reason}")
-        return forced
-    return next(kernel for kernel in KERNELS.values() if kernel.why_not(*arguments) is None)
-
-
-def _check(q: Tensor, keys: Tensor, values: Tensor, up_k: Tensor, up_v: Tensor, *rest: Any) -> None:
+def _check(case: Case) -> None:
     """Refuse what no kernel may see."""
-    (bias_k, bias_v, norm, positions, inv_freq, mask, groups_k, ranks_k, groups_v, ranks_v, _, _, _, bits) = rest
+    q, keys, norm, positions, mask = case.q, case.keys, case.norm, case.positions, case.mask
     if q.dim() != 3 or not q.is_floating_point():
         raise RuntimeError(f"latent_decode: q must be (batch, heads, head_dim), floating, got {tuple(q.shape)}")
     batch, heads, head_dim = q.shape
-    if bits not in (0, 3, 4, 8):
-        raise RuntimeError(f"latent_decode: bits must be 0, 3, 4 or 8, got {bits}")
+    if case.bits not in (0, 3, 4, 8):
+        raise RuntimeError(f"latent_decode: bits must be 0, 3, 4 or 8, got {case.bits}")
     for name, stored, up, owners, ranks, bias in (
-        ("keys", keys, up_k, groups_k, ranks_k, bias_k),
-        ("values", values, up_v, groups_v, ranks_v, bias_v),
+        ("keys", keys, case.up_k, case.groups_k, case.ranks_k, case.bias_k),
+        ("values", case.values, case.up_v, case.groups_v, case.ranks_v, case.bias_v),
     ):
-        width = row_bytes(ranks, bits) if bits else sum(ranks)
+        width = row_bytes(ranks, case.bits) if case.bits else sum(ranks)
         if stored.dim() != 3 or stored.shape[0] != batch or stored.shape[2] != width:
             raise RuntimeError(
                 f"latent_decode: {name} have shape {tuple(stored.shape)}, expected ({batch}, tokens, {width})"
             )
-        if (stored.dtype == torch.uint8) != bool(bits):
-            raise RuntimeError(f"latent_decode: {name} are {stored.dtype}, which does not go with bits={bits}")
+        if (stored.dtype == torch.uint8) != bool(case.bits):
+            raise RuntimeError(f"latent_decode: {name} are {stored.dtype}, which does not go with bits={case.bits}")
         if up.dim() != 3 or up.shape[1:] != (head_dim, max(ranks)) or heads % up.shape[0]:
             raise RuntimeError(
                 f"latent_decode: factor of the {name} has shape {tuple(up.shape)}, expected (a divisor of {heads}, "
@@ -220,15 +173,16 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, up_k: Tensor, up_v: Tensor, 
         if stored.device != q.device or up.device != q.device:
             raise RuntimeError(f"latent_decode: q is on {q.device}, {name} on {stored.device} and {up.device}")
     tokens = keys.shape[1]
-    if values.shape[1] != tokens or up_k.shape[0] != up_v.shape[0]:
+    if case.values.shape[1] != tokens or case.up_k.shape[0] != case.up_v.shape[0]:
         raise RuntimeError(
-            f"latent_decode: {tokens} keys of {up_k.shape[0]} heads, {values.shape[1]} values of {up_v.shape[0]}"
+            f"latent_decode: {tokens} keys of {case.up_k.shape[0]} heads, {case.values.shape[1]} values of "
+            f"{case.up_v.shape[0]}"
         )
-    if (positions is None) != (inv_freq is None):
+    if (positions is None) != (case.inv_freq is None):
         raise RuntimeError("latent_decode: positions and inv_freq go together")
-    if positions is not None and (positions.shape != (batch, tokens) or 2 * inv_freq.numel() > head_dim):
+    if positions is not None and (positions.shape != (batch, tokens) or 2 * case.rotated_pairs > head_dim):
         raise RuntimeError(
-            f"latent_decode: positions {tuple(positions.shape)} and {inv_freq.numel()} frequencies do not fit "
+            f"latent_decode: positions {tuple(positions.shape)} and {case.rotated_pairs} frequencies do not fit "
             f"({batch}, {tokens}) and head_dim {head_dim}"
         )
     if norm is not None and norm.shape != (head_dim,):
@@ -243,12 +197,16 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, up_k: Tensor, up_v: Tensor, 
 
 
 def _decode(*arguments: Any) -> tuple[Tensor, Tensor]:
-    _check(*arguments)
-    return choose(*arguments).decode(*arguments)
+    case = Case(*arguments)
+    _check(case)
+    found: tuple[Tensor, Tensor] = choose(case).linear(case)
+    return found
 
 
-def _decode_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _check(q, *rest)
+def _decode_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    case = Case(*arguments)
+    _check(case)
+    q = case.q
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -256,18 +214,7 @@ def latent_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Attend from one new token per row to cached latents.
 
     Args:
-        arguments: in this order
-
-            - q: (batch, heads, head_dim), normed and rotated.
-            - keys, values: (batch, tokens, sum of ranks) floating, or (batch, tokens, row_bytes) uint8.
-            - up_k, up_v: (key heads, head_dim, largest rank), zero beyond the rank of a head's group.
-            - bias_k, bias_v: key heads · head_dim numbers, or None.
-            - norm: (head_dim,), factors of an RMS norm of the keys, or None.
-            - positions: (batch, tokens) int32, and inv_freq: (rotated / 2,), or None for both.
-            - mask: (1 or batch, 1 or heads, tokens), boolean (true: seen) or added to the scores, or None.
-            - groups_k, ranks_k, groups_v, ranks_v: group of every head, rank of every group.
-            - scaling, rope_scale, eps: of the scores, of cosine and sine, of the norm.
-            - bits: 8, 4 or 3 for rows of codes, 0 for latents.
+        arguments: those of :class:`hf_lowbit.kernels.latent_case.Case`, in its order.
 
     Returns:
         Outputs (batch, heads, head_dim) in the dtype of q, and the logarithm of the softmax' sum (batch, heads) in

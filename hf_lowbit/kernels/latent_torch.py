@@ -1,4 +1,6 @@
-"""One token's attention over latents on the CPU, in bfloat16, without rebuilding the keys.
+"""One token's attention over latents on the CPU, in bfloat16, without rebuilding the keys: in torch's operations.
+
+For processors that :mod:`hf_lowbit.kernels.cpu.latent` is not for, and where it was not built.
 
 A rotation by the angles of position ``t`` turns the pairs ``j`` of a key's coordinates. Written out, the score is::
 
@@ -19,12 +21,10 @@ Source: rotation of cached latents as in Palu (arXiv 2407.21118); this order of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from hf_lowbit.kernels.latent_case import Case
 from hf_lowbit.kernels.latent_codec import decode_rows, group_places, shares
 
 # Elements of the product between: 512 KB in bfloat16, a quarter of what a core's own cache holds on servers.
@@ -32,78 +32,49 @@ _PRODUCT = 2**18
 _FEWEST, _MOST = 256, 4096  # tokens of a stretch; products of fewer rows are slower for each
 
 
-def why_not(*arguments: Any) -> str | None:
-    """Return why the kernel cannot take these arguments of the op, None if it can."""
-    q, keys, norm, bits = arguments[0], arguments[1], arguments[7], arguments[-1]
-    if q.device.type != "cpu":
-        return f"tensors on {q.device.type}"
-    if q.dtype != torch.bfloat16 or (not bits and keys.dtype != torch.bfloat16):
-        return f"computes in bfloat16, q is {q.dtype}, keys are {keys.dtype}"
-    if norm is not None:
+def why_not(case: Case) -> str | None:
+    """Return why the kernel cannot take this case, None if it can."""
+    if case.q.device.type != "cpu":
+        return f"tensors on {case.q.device.type}"
+    if case.q.dtype != torch.bfloat16 or (not case.bits and case.keys.dtype != torch.bfloat16):
+        return f"computes in bfloat16, q is {case.q.dtype}, keys are {case.keys.dtype}"
+    if case.norm is not None:
         return "a norm of the keys needs the keys"
     return None
 
 
-def decode(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    up_k: Tensor,
-    up_v: Tensor,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    norm: Tensor | None,
-    positions: Tensor | None,
-    inv_freq: Tensor | None,
-    mask: Tensor | None,
-    groups_k: Sequence[int],
-    ranks_k: Sequence[int],
-    groups_v: Sequence[int],
-    ranks_v: Sequence[int],
-    scaling: float,
-    rope_scale: float,
-    eps: float,
-    bits: int,
-) -> tuple[Tensor, Tensor]:
-    """Attend; arguments and results are those of :func:`hf_lowbit.kernels.latent_attention.latent_decode`."""
-    query = (q.float() * scaling).unflatten(1, (up_k.shape[0], -1))
-    scores = _scores(query, keys, up_k, bias_k, positions, inv_freq, (groups_k, ranks_k), rope_scale, bits)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+def decode(case: Case) -> tuple[Tensor, Tensor]:
+    """Attend; the results are those of :func:`hf_lowbit.kernels.latent_attention.latent_decode`."""
+    query = (case.q.float() * case.scaling).unflatten(1, (case.up_k.shape[0], -1))
+    scores = _scores(case, query)
+    if case.mask is not None:
+        shown = case.mask
+        scores = scores.masked_fill(~shown, -torch.inf) if shown.dtype == torch.bool else scores + shown.float()
     lse = torch.logsumexp(scores, dim=-1)
-    weights = shares(scores, lse[..., None])
-    out = _mixed(weights, values, up_v, (groups_v, ranks_v), bits)
-    if bias_v is not None:
-        out = out + bias_v.float().view(up_v.shape[0], 1, -1)
-    return out.flatten(1, 2).to(q.dtype), lse
+    out = _mixed(case, shares(scores, lse[..., None]))
+    if case.bias_v is not None:
+        out = out + case.bias_v.float().view(case.up_v.shape[0], 1, -1)
+    return out.flatten(1, 2).to(case.q.dtype), lse
 
 
-def _scores(
-    query: Tensor,
-    keys: Tensor,
-    up_k: Tensor,
-    bias: Tensor | None,
-    positions: Tensor | None,
-    inv_freq: Tensor | None,
-    grouping: tuple[Sequence[int], Sequence[int]],
-    rope_scale: float,
-    bits: int,
-) -> Tensor:
+def _scores(case: Case, query: Tensor) -> Tensor:
     """Scores (batch, heads, tokens) of ``query`` (batch, key heads, queries of each, head_dim), scaled already."""
+    keys, up_k, bits = case.keys, case.up_k, case.bits
     batch, tokens = keys.shape[:2]
-    half = 0 if inv_freq is None else inv_freq.numel()
+    half = case.rotated_pairs
     turns = None
-    if positions is not None and inv_freq is not None:
+    if case.positions is not None and case.inv_freq is not None:
+        positions = case.positions
         if batch > 1 and torch.equal(positions, positions[:1].expand_as(positions)):
             positions = positions[:1]  # no padding: all rows turn alike
-        turns = _turns(positions, inv_freq, rope_scale, up_k.shape[1] > 2 * half)
+        turns = _turns(positions, case.inv_freq, case.rope_scale, up_k.shape[1] > 2 * half)
     groups = []
-    for heads, place in group_places(*grouping):
+    for heads, place in group_places(case.groups_k, case.ranks_k):
         up = up_k[heads, :, : place.stop - place.start]
         groups.append((heads, place, _folded(query[:, heads], up, half).bfloat16()))
     scores = query.new_empty((*query.shape[:3], tokens))
-    largest = max(rows[0, ..., 0].numel() for _, _, rows in groups)
-    step = min(max(_PRODUCT // largest, _FEWEST), _MOST, tokens)
+    largest = max(rows.shape[1:4].numel() for _, _, rows in groups)
+    step = min(max(_PRODUCT // largest, _FEWEST), _MOST, max(tokens, 1))
     # Fresh memory of this size is given back and faulted in again each time, which costs more than the arithmetic.
     products = query.new_empty(step * largest, dtype=torch.bfloat16)
     turned = query.new_empty(step * largest)
@@ -111,7 +82,7 @@ def _scores(
         end = min(start + step, tokens)
         latents = keys[:, start:end]
         if bits:
-            latents = decode_rows(latents, grouping[1], bits, torch.bfloat16)
+            latents = decode_rows(latents, case.ranks_k, bits, torch.bfloat16)
         for heads, place, rows in groups:
             shape = end - start, *rows.shape[1:4]
             for at in range(batch):
@@ -124,10 +95,10 @@ def _scores(
                     out = turned[: found.numel()].view(shape)
                     found = torch.mul(found, turns[at % len(turns), start:end, None, None], out=out).sum(-1)
                 scores[at, heads, :, start:end] = found.permute(1, 2, 0)
-    if bias is not None:
+    if case.bias_k is not None:
         rotated = None if turns is None else turns.expand(batch, -1, -1)
-        for heads, _ in group_places(*grouping):
-            column = bias.float().view(up_k.shape[:2])[heads, :, None]
+        for heads, _ in group_places(case.groups_k, case.ranks_k):
+            column = case.bias_k.float().view(up_k.shape[:2])[heads, :, None]
             own = _folded(query[:, heads], column, half)[..., 0]
             scores[:, heads] += own if rotated is None else torch.einsum("bhrw,btw->bhrt", own, rotated)
     return scores.flatten(1, 2)
@@ -159,20 +130,19 @@ def _folded(query: Tensor, up: Tensor, half: int) -> Tensor:
     return torch.cat(parts, dim=-2)
 
 
-def _mixed(
-    weights: Tensor, values: Tensor, up_v: Tensor, grouping: tuple[Sequence[int], Sequence[int]], bits: int
-) -> Tensor:
+def _mixed(case: Case, weights: Tensor) -> Tensor:
     """Sum latents of values by ``weights`` (batch, heads, tokens), expand: (batch, key heads, queries, head_dim)."""
+    values, up_v = case.values, case.up_v
     batch, heads, tokens = weights.shape
     kv_heads = up_v.shape[0]
     small = weights.bfloat16().unflatten(1, (kv_heads, -1))
     out = weights.new_empty((batch, kv_heads, heads // kv_heads, up_v.shape[1]))
-    places = group_places(*grouping)
+    places = group_places(case.groups_v, case.ranks_v)
     sums = [weights.new_zeros((*small[:, own, :, 0].shape, at.stop - at.start)) for own, at in places]
     for start in range(0, tokens, _MOST):
         latents = values[:, start : start + _MOST]
-        if bits:
-            latents = decode_rows(latents, grouping[1], bits, torch.bfloat16)
+        if case.bits:
+            latents = decode_rows(latents, case.ranks_v, case.bits, torch.bfloat16)
         for (own, place), total in zip(places, sums, strict=True):
             part = small[:, own, :, start : start + _MOST].flatten(1, 2) @ latents[..., place].bfloat16()
             total += part.view_as(total)

@@ -142,14 +142,14 @@ class TestDecoding:
     def calls(self, monkeypatch):
         """Tokens that were in the cache at every call of the op."""
         found = []
-        kernel = latent_attention.KERNELS["reference"]
+        kernel = latent_attention.TABLE.kernels["reference"]
 
-        def counted(*given):
-            found.append(given[1].shape[1])
-            return kernel.decode(*given)
+        def counted(case):
+            found.append(case.keys.shape[1])
+            return kernel.linear(case)
 
         counting = latent_attention.Kernel("reference", "counts", kernel.why_not, counted)
-        monkeypatch.setitem(latent_attention.KERNELS, "reference", counting)
+        monkeypatch.setitem(latent_attention.TABLE.kernels, "reference", counting)
         return found
 
     def test_single_tokens_are_decoded_by_the_op(self, latent, calls):
@@ -252,8 +252,15 @@ class TestCodes:
 
 
 class TestCompiled:
-    @pytest.mark.parametrize("bits", [None, 4], ids=["latents", "codes"])
-    @pytest.mark.parametrize("family", ["llama", "opt"])
+    @pytest.mark.parametrize(
+        ("family", "bits"),
+        [
+            ("llama", None),
+            pytest.param("llama", 4, marks=pytest.mark.slow),
+            pytest.param("opt", None, marks=pytest.mark.slow),
+            ("opt", 4),
+        ],
+    )
     def test_decoding_on_a_static_cache_is_one_graph(self, family, bits):
         latent = compress(dense_model(family), grouped=True)
         self.assert_one_graph(latent, bits, "aot_eager")
