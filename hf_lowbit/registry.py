@@ -133,8 +133,8 @@ class Method:
             {projection name: number}``, merged into ``layers`` as well. ``measures`` looks at the dense blocks when it
             is asked, see :class:`hf_lowbit.compress.measures.StackMeasures`.
         check: for unit "attention": ``(projections, options) -> problems``, asked before any work.
-        finish: for methods that need images, ``(model unit) -> {layer name: format}``: what is done with the model as a
-            whole when all layers are packed; returns the layers that were packed anew.
+        finish: for methods that need images, ``(model unit) -> {layer name: format}``: what is done with the whole
+            model when all layers are packed; returns the layers that were packed anew.
         attach: optional run-time part, ``(model, options)``: prepares modules of a model that has packed layers for
             what else is stored in its files. Called on ``meta`` before a packed model is loaded.
         detach: ``(model)``, undoes ``attach`` where layers are dense again.

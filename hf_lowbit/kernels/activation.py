@@ -56,6 +56,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from hf_lowbit.kernels.choice import Kernel, Table
+from hf_lowbit.kernels.cpu import activation as cpu
 from hf_lowbit.kernels.hadamard import rotate
 from hf_lowbit.kernels.ops import LIBRARY, unobserved
 
@@ -65,6 +67,8 @@ RANGE_MODES = ("static", "dynamic")
 MODES = ("none", *SCALE_MODES, *RANGE_MODES)
 # Modes whose scales come out of the sum, so that codes are multiplied as integers.
 INTEGER_MODES = ("token_group", "token", *RANGE_MODES)
+# Of these, those with signed codes and scales of a token: there are kernels for them.
+KERNEL_MODES = ("token_group", "token")
 UNROUNDED = 16  # "bits" that stand for activations as they are
 ACT_BITS = (*range(2, 9), UNROUNDED)
 
@@ -214,21 +218,22 @@ def range_step(low: Tensor, high: Tensor, bits: int) -> Tensor:
     return torch.where(step > 0, step, torch.ones_like(step))
 
 
-def range_codes(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+def range_codes(x: Tensor, ends: Any, bits: int) -> Tensor:
     """Return codes on a grid with two ends, whole numbers in the dtype of ``x``; NaN is handed on.
 
     Args:
         x: floating, any shape.
-        low: what code 0 stands for; broadcasts.
-        high: what the last code stands for, not below ``low``.
+        ends: two tensors, or one with two rows, that broadcast: what code 0 and what the last code stand for.
         bits: of a code.
     """
+    low, high = ends
     return ((torch.minimum(torch.maximum(x, low), high) - low) / range_step(low, high, bits)).round()
 
 
-def on_range(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+def on_range(x: Tensor, ends: Any, bits: int) -> Tensor:
     """Return the nearest values on a grid with two ends, see :func:`range_codes`."""
-    return range_codes(x, low, high, bits) * range_step(low, high, bits) + low
+    low, high = ends
+    return range_codes(x, ends, bits) * range_step(low, high, bits) + low
 
 
 def quantize_range(x: Tensor, bounds: Tensor | None, bits: int) -> ActivationCodes:
@@ -249,7 +254,7 @@ def quantize_range(x: Tensor, bounds: Tensor | None, bits: int) -> ActivationCod
     if ends is None:
         ends = torch.stack([x.min(), x.max()]) if x.numel() else x.new_zeros(2)
     low, high = ends.float().view(2, 1, 1)
-    codes = range_codes(x, low, high, bits)
+    codes = range_codes(x, (low, high), bits)
     finite = torch.isfinite(x.abs().amax(1, keepdim=True))
     step = torch.where(finite, range_step(low, high, bits), torch.full_like(low, math.nan))
     return ActivationCodes(codes.nan_to_num(0.0).to(torch.uint8), step, None, x.shape[1], low)
@@ -341,25 +346,58 @@ def check(x: Tensor, tensors: tuple[Tensor | None, ...], sizes: Sizes) -> None:
     check_act_bits(sizes.act_bits)
 
 
-def reference(x: Tensor, tensors: tuple[Tensor | None, ...], sizes: Sizes) -> Tensor:
+def reference(x: Tensor, tensors: tuple[Any, ...], sizes: Sizes) -> Tensor:
     """Multiply in the dequantized form, in float32; the definition. Arguments as :func:`check` has them."""
-    packed, scale, zero_point, bias, smooth, signs, bounds = tensors
-    rows = transform(x.reshape(-1, sizes.in_features), smooth, signs, sizes.rotation)
-    if sizes.rounds and sizes.mode in RANGE_MODES:
-        rows = quantize_range(rows, bounds, sizes.act_bits).dequantized()
-    elif sizes.rounds:
-        rows = quantize_activation(rows, sizes.mode, sizes.act_bits, sizes.act_group_size).dequantized()
+    packed, scale, zero_point, bias = tensors[:4]
     weight = torch.ops.hf_lowbit.integer_dequantize(
         packed, scale, zero_point, sizes.in_features, sizes.bits, sizes.group_size
     )
-    out = linear(rows, weight, None if bias is None else bias.float())
+    out = linear(_rows(x, tensors, sizes), weight, None if bias is None else bias.float())
     return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _rows(x: Tensor, tensors: tuple[Any, ...], sizes: Sizes) -> Tensor:
+    """Return the rows that the weight is multiplied by, (tokens, columns), float32."""
+    smooth, signs, bounds = tensors[4:]
+    rows = transform(x.reshape(-1, sizes.in_features), smooth, signs, sizes.rotation)
+    if not sizes.rounds:
+        return rows
+    if sizes.mode in RANGE_MODES:
+        return quantize_range(rows, bounds, sizes.act_bits).dequantized()
+    return quantize_activation(rows, sizes.mode, sizes.act_bits, sizes.act_group_size).dequantized()
+
+
+def _cpu_why_not(dtype: torch.dtype, device: str, parts: tuple[Any, ...], sizes: Sizes) -> str | None:
+    if device != "cpu":
+        return f"tensors on {device}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"activations of {dtype}"
+    if sizes.rounds and sizes.mode in KERNEL_MODES:
+        return cpu.unsupported(parts, sizes)
+    return cpu.integer.unsupported(torch.float32, parts, sizes[:3])
+
+
+def _cpu_linear(x: Tensor, tensors: tuple[Any, ...], sizes: Sizes) -> Tensor:
+    """Multiply codes by codes in the modes that allow it, else rows in float32 by codes."""
+    if sizes.rounds and sizes.mode in KERNEL_MODES:
+        made = cpu.linear(x, tensors, sizes)
+        return reference(x, tensors, sizes) if made is None else made
+    bias = None if tensors[3] is None else tensors[3].float()
+    out = cpu.integer.linear(_rows(x, tensors, sizes), tensors[:3], bias, sizes[:3])
+    return out.to(x.dtype).reshape(*x.shape[:-1], out.shape[-1])
+
+
+# A case is (dtype of x, device type, parts, sizes), parts being packed, scale and zero_point.
+TABLE = Table(
+    Kernel("cpu", "C++: rotates and rounds in one pass, multiplies codes by codes", _cpu_why_not, _cpu_linear),
+    Kernel("reference", "plain torch, rebuilds the dense weight in every call", lambda *_: None, reference),
+)
 
 
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
     tensors, sizes = arguments[:7], Sizes(*arguments[7:])
     check(x, tensors, sizes)
-    return reference(x, tensors, sizes)
+    return TABLE.choose(x.dtype, x.device.type, tensors[:3], sizes).linear(x, tensors, sizes)
 
 
 def _linear_fake(x: Tensor, *arguments: Any) -> Tensor:

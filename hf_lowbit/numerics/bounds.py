@@ -28,7 +28,7 @@ class _Grid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-        codes = range_codes(values, low, high, bits)
+        codes = range_codes(values, (low, high), bits)
         ctx.save_for_backward(values, low, high, codes)
         ctx.bits = bits
         return codes * range_step(low, high, bits) + low
@@ -47,7 +47,7 @@ class _Grid(torch.autograd.Function):
         return grad * inside, (grad * to_low).sum(), (grad * to_high).sum(), None
 
 
-def learned_grid(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+def learned_grid(values: Tensor, ends: Any, bits: int) -> Tensor:
     """Return :func:`on_range` of values, with gradients for both ends.
 
     Rounding counts as the identity; a value below l sends its gradient to l, one above u to u; inside, the ends get
@@ -55,13 +55,12 @@ def learned_grid(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor
 
     Args:
         values: any shape, floating.
-        low: scalar tensor.
-        high: scalar tensor, above ``low``.
+        ends: two scalar tensors, the second above the first.
         bits: of a code.
 
     Source: 2DQuant (arXiv 2406.06649), DQC; the gradients of PACT and LSQ for both ends.
     """
-    found: Tensor = _Grid.apply(values, low, high, bits)
+    found: Tensor = _Grid.apply(values, *ends, bits)
     return found
 
 
@@ -129,7 +128,7 @@ def search_bounds(
     move = (high - low) / (candidates if one else 2 * candidates)
     for i in range(candidates):
         ends = (low if one else low + i * move, high - i * move)
-        error = float((on_range(flat, *map(flat.new_tensor, ends), bits) - flat).square().sum(dtype=torch.float64))
+        error = float((on_range(flat, flat.new_tensor(ends), bits) - flat).square().sum(dtype=torch.float64))
         if error < least:
             best, least = ends, error
     return best

@@ -97,8 +97,8 @@ def rounded(weight: Tensor, parts: int, options: CondiQuantConfig) -> tuple[Tens
     codes, ends, values = [], [], []
     for part in weight.chunk(parts):
         found = bounds_of(part, options.weight_bits, options)
-        codes.append(range_codes(part, *found, options.weight_bits).to(torch.uint8))
-        values.append(on_range(part, *found, options.weight_bits))
+        codes.append(range_codes(part, found, options.weight_bits).to(torch.uint8))
+        values.append(on_range(part, found, options.weight_bits))
         ends.append(found)
     return torch.cat(codes), torch.stack(ends), torch.cat(values)
 
@@ -174,7 +174,7 @@ def _as_met(rows: Tensor, act_bounds: Tensor | None, options: CondiQuantConfig) 
     if options.act_mode == "none":
         return rows
     ends = torch.stack([rows.min(), rows.max()]) if act_bounds is None else act_bounds.to(rows)
-    return on_range(rows, *ends, options.act_bits)
+    return on_range(rows, ends, options.act_bits)
 
 
 def _conditioned_or_kept(

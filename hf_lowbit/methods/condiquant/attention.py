@@ -41,8 +41,9 @@ class AttentionGrids(nn.Module):
     def __init__(self, bits: int, stored: bool, device: torch.device | str | None = None) -> None:
         """Start with grids that are still to be filled, and off."""
         super().__init__()
-        bounds = torch.zeros((len(PARTS), 2), dtype=torch.float32, device=device) if stored else None
-        self.register_parameter("bounds", None if bounds is None else nn.Parameter(bounds, requires_grad=False))
+        start = torch.zeros((len(PARTS), 2), dtype=torch.float32, device=device)
+        self.bounds: nn.Parameter | None
+        self.register_parameter("bounds", nn.Parameter(start, requires_grad=False) if stored else None)
         self.bits = bits
         self.off = False
         self.watch: Callable[[str, Tensor], None] | None = None

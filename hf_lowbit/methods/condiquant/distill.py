@@ -75,12 +75,11 @@ class LearnedLinear(nn.Module):
         """Return the product of what both are on their grids."""
         bits = self.spec.bits
         parts = self.weight.chunk(self.spec.parts)  # type: ignore[operator]
-        weight = torch.cat([learned_grid(p, *self.weight_ends.of(i), bits) for i, p in enumerate(parts)])
+        weight = torch.cat([learned_grid(p, self.weight_ends.of(i), bits) for i, p in enumerate(parts)])
         if self.input_ends is not None:
-            inputs = learned_grid(inputs, *self.input_ends.of(0), self.spec.act_bits)
+            inputs = learned_grid(inputs, self.input_ends.of(0), self.spec.act_bits)
         elif self.spec.activation == "dynamic":
-            ends = inputs.detach().aminmax()
-            inputs = learned_grid(inputs, ends.min, ends.max, self.spec.act_bits)
+            inputs = learned_grid(inputs, inputs.detach().aminmax(), self.spec.act_bits)
         return linear(inputs, weight, self.bias)
 
     def repacked(self) -> IntegerFormat:
@@ -88,7 +87,7 @@ class LearnedLinear(nn.Module):
         bounds = self.weight_ends.values()
         weight: Any = self.weight
         codes = [
-            range_codes(part, *ends, self.spec.bits)
+            range_codes(part, ends, self.spec.bits)
             for part, ends in zip(weight.chunk(self.spec.parts), bounds, strict=True)
         ]
         return IntegerFormat.pack(
@@ -136,7 +135,7 @@ def distill(unit: ModelUnit, grids: dict[str, AttentionGrids]) -> dict[str, Inte
 
 
 def _replacement(ends: Ends, bits: int) -> Any:
-    return lambda part, values: learned_grid(values, *ends.of(PARTS.index(part)), bits)
+    return lambda part, values: learned_grid(values, ends.of(PARTS.index(part)), bits)
 
 
 def _train(unit: ModelUnit, ends: list[nn.Parameter], options: CondiQuantConfig) -> None:

@@ -143,7 +143,7 @@ def _fill(unit: ModelUnit, grids: dict[str, attention.AttentionGrids]) -> None:
 @contextmanager
 def unrounded(model: nn.Module) -> Iterator[None]:
     """Switch off all rounding of activations within a ``with`` statement."""
-    layers = [module for module in model.modules() if _rounds(module)]
+    layers: list[Any] = [module for module in model.modules() if _rounds(module)]
     grids = [grids for _, grids in attention.converted(model)]
     before = [layer.act_bits for layer in layers]
     try:

@@ -13,6 +13,7 @@ from hf_lowbit.numerics.conditioning import REGULARIZERS
 
 # Tried by "auto"; at 4 bits the small ones win, at 2 bits the large ones.
 STRENGTHS = (0.0, 0.003, 0.01, 0.03, 0.06)
+_STRENGTHS_SHOWN = ", ".join(f"{t:g}" for t in STRENGTHS)
 AUTO = "auto"
 BITS = (2, 3, 4, 8)
 
@@ -36,10 +37,10 @@ class CondiQuantConfig(ImageConfig):
 
     weight_bits: int = option(4, "bits of a weight", choices=BITS)
     act_bits: int = option(4, "bits of an activation", choices=BITS)
-    cond_strength: Any = option(
+    cond_strength: Any = option(  # noqa: RUF009 - as for all options; the rule is confused by the type
         AUTO,
         "strength t of the proximal step, a number; 0: weights stay as they are; auto: of "
-        f"{', '.join(f'{t:g}' for t in STRENGTHS)} the one whose quantized outputs are best, for each layer",
+        f"{_STRENGTHS_SHOWN} the one whose quantized outputs are best, for each layer",
     )
     cond_steps: int = option(30, "steps of proximal gradient descent (K)", low=1, high=10_000)
     regularizer: str = option(
