@@ -133,6 +133,7 @@ class Engine:
         if self._trajectory is None:
             self._trajectory = Trajectory(self.config, context.num_inference_steps, len(self.blocks))
             self._report = CacheReport(self.mode, len(self.blocks), self._trajectory.rows)
+            self._report.remarks = tuple(sorted(self._warned))
         self._state = self.manager.get_state()
         if self._state.step >= 0 and step != self._state.step + 1:
             self._state.reset()

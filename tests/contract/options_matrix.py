@@ -70,7 +70,7 @@ ATTENTION: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
-# methods of unit "pipeline", which compress no weights: tests/methods/test_quantcache.py and tests/hf/test_quantcache*.py
+# methods of unit "pipeline", which compress no weights; their contract is in tests/hf/test_quantcache.py
 PIPELINE = {"quantcache"}
 
 # method -> options of the plain baseline of its kind
