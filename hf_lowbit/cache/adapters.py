@@ -34,7 +34,7 @@ _PROJECTIONS = {"q_proj", "k_proj", "v_proj"}
 _OUTPUTS = ("o_proj", "out_proj", "dense")
 _NORMS = {"q_norm", "k_norm"}
 _LATENT_ATTENTION = ("kv_b_proj", "kv_a_proj_with_mqa")
-_OWN = ("latent_structure", "latent_bits", "recent_window", "sink_tokens", "_latent_layout")
+_OWN = ("latent_structure", "latent_bits", "recent_window", "sink_tokens", "_latent_layout", "_latent_groups")
 _PLAIN = (bool, int, float, str, type(None))
 _TOLERANCE = 1e-4  # relative; rounding gives 1e-6
 

@@ -138,6 +138,15 @@ class LatentAttention:
             own._latent_layout = layout
         return layout
 
+    def latent_groups(self) -> list[list[int]]:
+        """Return the group of each head and the rank of each group, of keys and of values; made once."""
+        own: Any = self
+        groups: list[list[int]] | None = own.__dict__.get("_latent_groups")
+        if groups is None:
+            specs = own.k_proj.spec, own.v_proj.spec
+            groups = own._latent_groups = [list(part) for spec in specs for part in (spec.group_of_head, spec.ranks)]
+        return groups
+
     def _attend(
         self,
         query: Tensor,
@@ -252,7 +261,8 @@ def convert_attention(
     attention.latent_structure = structure
     attention.latent_bits = latent_bits or 0
     attention.recent_window, attention.sink_tokens = recent_window, sink_tokens
-    attention.__dict__.pop("_latent_layout", None)
+    for made in ("_latent_layout", "_latent_groups"):
+        attention.__dict__.pop(made, None)
 
 
 # One token ---------------------------------------------------------------------------------------------------------
@@ -313,7 +323,6 @@ def _step(
     if structure.rotary is not None and layer.visible_positions is not None:
         positions = layer.visible_positions[:, place]
         frequencies, rope_scale = structure.frequencies(query.device)
-    specs = [projection.spec for projection in projections]
     return latent_attention.latent_decode(
         query[:, :, 0],
         stored[0][:, 0],
@@ -324,7 +333,7 @@ def _step(
         positions,
         frequencies,
         None if mask is None else mask[:, :, place],
-        *(list(part) for spec in specs for part in (spec.group_of_head, spec.ranks)),
+        *attention.latent_groups(),
         attention.scaling,
         rope_scale,
         eps,

@@ -26,6 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hf_lowbit.kernels.cpu import latent as cpu
+from hf_lowbit.kernels.ops import unobserved
+
 # bits: (codes in a word, bytes of a word)
 WORDS = {8: (1, 1), 4: (2, 1), 3: (8, 3)}
 # A range narrower than this is rounding noise; it also keeps the scale of 8 bits above the smallest float16.
@@ -75,6 +78,10 @@ def encode_rows(latents: Tensor, ranks: Sequence[int], bits: int) -> Tensor:
     Returns:
         (..., row_bytes), uint8. A group with a value that is not finite decodes to values that are not finite.
     """
+    if unobserved(latents):
+        rows = cpu.encode(latents, ranks, bits, row_bytes(ranks, bits))
+        if rows is not None:
+            return rows
     most = 2**bits - 1
     scales, zeros, codes = [], [], []
     for group in latents.float().split(list(ranks), dim=-1):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_lowbit.kernels import latent_codec
 from hf_lowbit.kernels.latent_codec import WORDS, decode_rows, encode_rows, row_bytes
 
 BITS = sorted(WORDS)
@@ -93,3 +94,19 @@ def test_more_bits_are_nearer_and_half_precision_is_taken():
         assert found.dtype == torch.bfloat16
         errors.append(float((found.float() - latents.float()).square().mean()))
     assert errors[0] < errors[1] / 50 < errors[2] / 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_the_library_codes_as_torch_does(bits, dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    ranks = (24, 7, 1)
+    rows = torch.randn(2, 1, 50, sum(ranks), generator=generator) * torch.logspace(-6, 3, 50)[:, None]
+    rows[0, 0, 3] = 2.5  # no range
+    rows[0, 0, 4] = 900 + 1e-3 * rows[0, 0, 4]  # far from zero, but narrow
+    rows = rows.to(dtype)
+    found = encode_rows(rows, ranks, bits)
+    spread = encode_rows(rows.repeat(1, 1, 1, 2)[..., : sum(ranks)], ranks, bits)  # not one row after the other
+    monkeypatch.setattr(latent_codec.cpu, "encode", lambda *_: None)
+    assert torch.equal(found, encode_rows(rows, ranks, bits))
+    assert torch.equal(spread, found)

@@ -13,12 +13,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_lowbit.kernels.cpu.library import open_library
+from hf_lowbit.kernels.cpu.library import DTYPES, open_library
 from hf_lowbit.kernels.latent_case import Case
 
 ABI = 1
@@ -55,16 +56,26 @@ class _Attention(ctypes.Structure):
 
 
 @functools.cache
+def _library() -> tuple[Any, str]:
+    library, reason = open_library("_latent", "hflb_latent_abi", ABI)
+    if library is not None:
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        library.hflb_attend.argtypes = [ctypes.POINTER(_Attention), integer, integer]
+        library.hflb_latent_encode.restype = None
+        library.hflb_latent_encode.argtypes = [
+            pointer, integer, integer, integer, pointer, integer, integer, pointer, pointer, integer,
+        ]  # fmt: skip
+    return library, reason
+
+
+@functools.cache
 def load() -> tuple[Any, int, str]:
     """Return the library and how the processor multiplies, an index of :data:`ISAS`, or None, 0 and why not."""
-    library, reason = open_library("_latent", "hflb_latent_abi", ABI)
+    library, reason = _library()
     if library is None:
         return None, 0, f"no compiled library: {reason}"
     isa = library.hflb_latent_isa()
-    if not isa:
-        return None, 0, "the processor does not multiply bfloat16"
-    library.hflb_attend.argtypes = [ctypes.POINTER(_Attention), ctypes.c_int64, ctypes.c_int64]
-    return library, isa, ""
+    return (library, isa, "") if isa else (None, 0, "the processor does not multiply bfloat16")
 
 
 def why_not(case: Case) -> str | None:
@@ -95,8 +106,7 @@ class Prepared:
         self.kept: list[Tensor] = []
         struct = self.struct = _Attention()
         struct.head_dim, struct.kv_heads, struct.pairs = head_dim, kv_heads, self.pairs
-        struct.heads, struct.bits = case.q.shape[1], case.bits
-        struct.scaling, struct.eps = case.scaling, case.eps
+        struct.heads, struct.scaling, struct.eps = case.q.shape[1], case.scaling, case.eps
         frequencies = torch.zeros(self.pairs)
         if case.inv_freq is not None:
             frequencies[:half] = case.inv_freq.float()
@@ -168,7 +178,7 @@ def _stamp(case: Case) -> Any:
         None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
         for tensor in tensors
     ]
-    return places, case.q.shape[1], case.scaling, case.rope_scale, case.eps, case.bits, case.ranks_k, case.ranks_v
+    return places, case.q.shape[1], case.scaling, case.rope_scale, case.eps, case.ranks_k, case.ranks_v
 
 
 def decode(case: Case) -> tuple[Tensor, Tensor]:
@@ -211,8 +221,26 @@ def decode(case: Case) -> tuple[Tensor, Tensor]:
         struct.mask = mask.data_ptr()
         struct.mask_batch = mask.stride(0) if mask.shape[0] > 1 else 0
         struct.mask_head = mask.stride(1) if mask.shape[1] > 1 else 0
-    struct.batch, struct.tokens = batch, case.keys.shape[1]
+    struct.batch, struct.tokens, struct.bits = batch, case.keys.shape[1], case.bits
     struct.q, struct.out, struct.lse = q.data_ptr(), out.data_ptr(), lse.data_ptr()
     if library.hflb_attend(ctypes.byref(struct), isa, torch.get_num_threads()):
         raise MemoryError("attention over latents: no memory for what lies between")
     return out, lse
+
+
+def encode(latents: Tensor, ranks: Sequence[int], bits: int, row_bytes: int) -> Tensor | None:
+    """Return what :func:`hf_lowbit.kernels.latent_codec.encode_rows` finds, or None where the library cannot."""
+    library, _ = _library()
+    if library is None or latents.device.type != "cpu" or latents.dtype not in DTYPES:
+        return None
+    latents = latents.detach().contiguous()
+    width = latents.shape[-1]
+    rows = latents.numel() // width
+    out = torch.empty((*latents.shape[:-1], row_bytes), dtype=torch.uint8)
+    places = torch.tensor(ranks)
+    buffer = torch.empty(max(ranks))
+    library.hflb_latent_encode(
+        latents.data_ptr(), DTYPES[latents.dtype], rows, width, places.data_ptr(), len(ranks), bits,
+        buffer.data_ptr(), out.data_ptr(), row_bytes,
+    )  # fmt: skip
+    return out
