@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 _LONGEST = 1000
 # Keys of the JSON that are not options: the first is transformers' own, the last is for the reader of the file only.
 _ENVELOPE = ("quant_method", "method", "format_version", "hf_lowbit_version")
+_SKIP_ELSEWHERE = "modules_to_not_convert"
 
 
 class HfLowbitMethod(str, Enum):
@@ -200,7 +201,7 @@ class _ByMethodName(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if getattr(cls, "method", ""):
-            return super().__call__(*args, **_with_preset(cls, kwargs))
+            return super().__call__(*args, **_with_preset(cls, _with_skip(cls, kwargs)))
         if "method" not in kwargs:
             raise TypeError(
                 f"{cls.__name__} is a common base; use the config of a method, such as ARBConfig, or name the method: "
@@ -209,6 +210,21 @@ class _ByMethodName(type):
         from hf_lowbit import registry
 
         return registry.config_class(kwargs.pop("method"))(*args, **kwargs)
+
+
+def _with_skip(config_class: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with ``skip`` where it is called ``modules_to_not_convert``, as other quantizers call it.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if _SKIP_ELSEWHERE not in options:
+        return options
+    names = options[_SKIP_ELSEWHERE]
+    if options.get("skip"):
+        raise ValueError(f"{config_class.__name__}: skip and {_SKIP_ELSEWHERE} mean the same, give one of them")
+    others = {key: value for key, value in options.items() if key != _SKIP_ELSEWHERE}
+    return {**others, "skip": (names,) if isinstance(names, str) else names or ()}
 
 
 def _with_preset(config_class: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +248,8 @@ class LowBitConfig(QuantizationConfigMixin, metaclass=_ByMethodName):
 
     Attributes:
         skip: module patterns to leave dense, besides the defaults (output head, embeddings, tied weights). A pattern
-            is a dotted name or a glob; it matches a module, or any module below it.
+            is a dotted name or a glob; it matches a module, or any module below it. ``modules_to_not_convert``, as it
+            is called elsewhere, is taken, too.
         modules: filled by compression: for each packed module its method, format, spec and error.
         left_dense: filled by compression: for each other linear-like module why it is dense.
         run: behaviour of the run on this machine; not saved.
@@ -268,6 +285,11 @@ class LowBitConfig(QuantizationConfigMixin, metaclass=_ByMethodName):
 
     def __delattr__(self, name: str) -> None:
         raise dataclasses.FrozenInstanceError(f"{type(self).__name__} is frozen; {name} cannot be deleted")
+
+    @property
+    def modules_to_not_convert(self) -> list[str]:
+        """``skip``, under the name that quantizers of transformers and diffusers have for it; also as an argument."""
+        return list(self.skip)
 
     @property
     def needs(self) -> str:
@@ -391,7 +413,7 @@ class LowBitConfig(QuantizationConfigMixin, metaclass=_ByMethodName):
             )
         if data.get("quant_method", HfLowbitMethod.HF_LOWBIT.value) != HfLowbitMethod.HF_LOWBIT.value:
             raise ValueError(f"quant_method must be 'hf_lowbit', got {shown(data['quant_method'])}")
-        values = {key: value for key, value in data.items() if key not in _ENVELOPE}
+        values = _with_skip(target, {key: value for key, value in data.items() if key not in _ENVELOPE})
         known = {field.name for field in dataclasses.fields(target) if field.init} - {"run"}
         unknown = sorted(set(values) - known)
         if unknown:  # finding what was meant takes time, so not for very many

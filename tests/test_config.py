@@ -204,6 +204,24 @@ def test_deepcopy_of_tensors_and_recipes():
     assert copy.deepcopy(recipe) == recipe
 
 
+def test_skip_under_its_name_elsewhere():
+    expected = ARBConfig(skip=["lm_head", "a.*"])
+    assert ARBConfig(modules_to_not_convert=["lm_head", "a.*"]) == expected
+    assert LowBitConfig(method="arb", modules_to_not_convert=["lm_head", "a.*"]) == expected
+    stored = {key: value for key, value in expected.to_dict().items() if key != "skip"}
+    assert LowBitConfig.from_dict({**stored, "modules_to_not_convert": ["lm_head", "a.*"]}) == expected
+    assert expected.modules_to_not_convert == ["lm_head", "a.*"]
+    assert ARBConfig(modules_to_not_convert="lm_head").skip == ("lm_head",)
+    assert ARBConfig(modules_to_not_convert=None) == ARBConfig()
+    assert LowBitRecipe({"*": ARBConfig()}, modules_to_not_convert=["a"]).skip == ("a",)
+    assert "modules_to_not_convert" not in expected.to_dict()
+    for build in (ARBConfig, lambda **both: LowBitConfig.from_dict({**stored, **both})):
+        with pytest.raises(ValueError, match="skip and modules_to_not_convert mean the same, give one of them"):
+            build(skip=["a"], modules_to_not_convert=["b"])
+    with pytest.raises(ValueError, match="skip must be a list of non-empty strings"):
+        ARBConfig(modules_to_not_convert=[None])
+
+
 def test_equality_with_tensors():
     config = ARBConfig(calibration=torch.arange(6).view(2, 3))
     assert config == copy.deepcopy(config)

@@ -156,4 +156,4 @@ def load(budget: str = "full", *, outliers: bool = False, dtype: torch.dtype = t
     model = WanTransformer3DModel.from_pretrained(path(budget)).eval().requires_grad_(False)
     if outliers:
         inject(model)
-    return model.to(dtype)
+    return model if dtype == torch.float32 else model.to(dtype)
