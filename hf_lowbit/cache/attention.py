@@ -189,21 +189,19 @@ class LatentAttention:
     def _can_decode(self, query: Tensor, layer: Any, mask: Any) -> bool:
         """Return whether this is one token, seen by :func:`decode` as the implementation asked for would see it."""
         own: Any = self
+        if query.shape[2] != 1 or own.training or (query.requires_grad and torch.is_grad_enabled()):
+            return False
         if mask is None:  # everything that is stored is seen, which is not so in static memory that is not full
             shown = not layer.is_compileable
         else:
             shown = isinstance(mask, Tensor) and mask.dim() == 4
-        if own.config._attn_implementation in _FLASH:  # looks after windows itself, and has masks of its own
+        implementation = own.config._attn_implementation
+        if implementation in _FLASH:  # looks after windows itself, and has masks of its own
             shown = shown and mask is None and (self._window() is None or layer.is_sliding)
-        elif own.config._attn_implementation != "sdpa":
+        elif implementation != "sdpa":
             shown = False
-        return (
-            shown
-            and query.shape[2] == 1
-            and not own.training
-            and not (torch.is_grad_enabled() and query.requires_grad)
-            and not own.k_proj.weight_up.is_meta  # offloaded by accelerate: there only within the module's own call
-        )
+        # offloaded by accelerate, weights are there only within the module's own call
+        return shown and not own.k_proj.weight_up.is_meta
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the model's own class, since the derived one has no name that could be imported."""

@@ -19,6 +19,7 @@ Source: ReCalKV (arXiv 2505.24357); rotation of cached latents with their own po
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,6 +143,11 @@ TABLE = Table(
 choose, reasons = TABLE.choose, TABLE.reasons
 
 
+@functools.lru_cache(1024)
+def _all_used(owners: tuple[int, ...], groups: int) -> bool:
+    return sorted(set(owners)) == list(range(groups))
+
+
 def _check(case: Case) -> None:
     """Refuse what no kernel may see."""
     q, keys, norm, positions, mask = case.q, case.keys, case.norm, case.positions, case.mask
@@ -166,7 +172,7 @@ def _check(case: Case) -> None:
                 f"latent_decode: factor of the {name} has shape {tuple(up.shape)}, expected (a divisor of {heads}, "
                 f"{head_dim}, {max(ranks)})"
             )
-        if len(owners) != up.shape[0] or sorted(set(owners)) != list(range(len(ranks))):
+        if len(owners) != up.shape[0] or not _all_used(tuple(owners), len(ranks)):
             raise RuntimeError(f"latent_decode: groups of the {name} do not fit {up.shape[0]} heads")
         if bias is not None and bias.numel() != up.shape[0] * head_dim:
             raise RuntimeError(f"latent_decode: bias of the {name} has {bias.numel()} values")
