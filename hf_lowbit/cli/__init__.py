@@ -55,7 +55,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="NAME|FILE|FOLDER|none",
-            help="Text to calibrate on: c4 or wikitext2 (need a network), a text file or folder, or none.",
+            help="What to calibrate on: c4 or wikitext2 (need a network), a text file or folder, images, or none.",
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
@@ -225,9 +225,9 @@ def evaluate(
     path: Packed,
     against: Annotated[str | None, typer.Option(metavar="DENSE", help="Model to compare with.")] = None,
     data: Annotated[
-        str, typer.Option(metavar="NAME|FILE|FOLDER", help="Held-out text: wikitext2, c4, or your own.")
+        str, typer.Option(metavar="NAME|FILE|FOLDER", help="Held-out text: wikitext2, c4, or your own; or images.")
     ] = "wikitext2",
-    samples: Annotated[int, typer.Option(help="Sequences, from the start of the text.")] = 8,
+    samples: Annotated[int, typer.Option(help="Sequences, from the start of the text; or images.")] = 8,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 4,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure decoding, in tokens per second.")] = True,
@@ -239,13 +239,25 @@ def evaluate(
     Perplexity is exp of the mean negative log likelihood per token (lower is better, and comparable only on the same
     tokens). Speed is that of greedy generation of one sequence, the models taking turns; above × 1 is faster.
 
+    Of a model that makes images larger, PSNR and SSIM of the luma are measured instead, on images of full resolution
+    in --data: each is shrunk, enlarged by the models and by bicubic interpolation, and compared with itself.
+
     Example:
 
     hf-lowbit eval model-1bit --against org/model --data heldout.txt
     """
+    from hf_lowbit.hf.auto import makes_images
     from hf_lowbit.report.evaluate import evaluate as measure
-    from hf_lowbit.report.tables import evaluation_table
+    from hf_lowbit.report.super_resolution import evaluate_images
+    from hf_lowbit.report.tables import evaluation_table, image_table
 
+    if makes_images(path):
+        scores = evaluate_images(path, data, against, samples)
+        if as_json:
+            show_json(scores)
+        else:
+            show_tables([image_table(scores)])
+        return
     result = measure(
         path,
         data,

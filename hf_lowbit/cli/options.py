@@ -9,8 +9,10 @@ from typing import Any
 
 from hf_lowbit import registry
 from hf_lowbit.calibration.data import load_texts
+from hf_lowbit.calibration.images import load_images
 from hf_lowbit.compress.engine import check_calibration
-from hf_lowbit.config import DATASETS, CalibratedConfig, CalibrationRecord, LowBitConfig, RunOptions, parse_json
+from hf_lowbit.config import DATASETS, CalibrationRecord, LowBitConfig, RunOptions, parse_json
+from hf_lowbit.image_config import WITH_DATA
 from hf_lowbit.recipe import LowBitRecipe
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -60,6 +62,17 @@ def parse_option(text: str, default: Any) -> Any:
     return text
 
 
+def parse_checked(text: str) -> Any:
+    """Turn the text of an option that checks its own values into what JSON says it is, lists into tuples."""
+    if text.lower() == "none":
+        return None
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return text
+    return tuple(value) if isinstance(value, list) else value
+
+
 def build_config(method: str, options: list[str], fields: dict[str, Any]) -> LowBitConfig:
     """Build the config of a method from what was typed.
 
@@ -80,6 +93,8 @@ def build_config(method: str, options: list[str], fields: dict[str, Any]) -> Low
         name, equals, text = (part.strip() for part in pair.partition("="))
         if not equals or not text:
             problems.append(f"--option {pair!r} must be name=value")
+        elif name == "preset" and config_class.presets and name not in values:
+            values[name] = text
         elif name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             problems.append(f"unknown option {name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
@@ -87,7 +102,8 @@ def build_config(method: str, options: list[str], fields: dict[str, Any]) -> Low
             problems.append(f"{name} is given twice")
         else:
             try:
-                values[name] = parse_option(text, known[name].default)
+                checked = known[name].metadata["option"]["check"] is not None
+                values[name] = parse_checked(text) if checked else parse_option(text, known[name].default)
             except ValueError as error:
                 problems.append(f"{name} {error}")
     try:
@@ -119,7 +135,8 @@ def read_recipe(file: Path, skip: list[str], fields: dict[str, Any]) -> LowBitCo
         raise ValueError(f"recipe {file.name}: {error}") from error
 
     def with_fields(rule: LowBitConfig) -> LowBitConfig:
-        return dataclasses.replace(rule, **fields) if isinstance(rule, CalibratedConfig) else rule
+        own = {name: value for name, value in fields.items() if name in {f.name for f in dataclasses.fields(rule)}}
+        return dataclasses.replace(rule, **own) if isinstance(rule, WITH_DATA) else rule
 
     more: dict[str, Any] = {"skip": (*config.skip, *skip), "modules": None, "left_dense": None}  # of another run
     if isinstance(config, LowBitRecipe):
@@ -135,8 +152,11 @@ def check_data(config: LowBitConfig) -> None:
         ValueError: it is missing, empty or no text; or the config only records what another run used.
     """
     calibrated = check_calibration(config)
-    if calibrated is None or calibrated.calibration in DATASETS:
+    if calibrated is None:
         return
     if isinstance(calibrated.calibration, CalibrationRecord):
         raise ValueError("the recipe only records what a run was calibrated on; name the data with --calibration")
-    load_texts(calibrated.calibration)
+    if calibrated.needs == "images":
+        load_images(calibrated.calibration)
+    elif calibrated.calibration not in DATASETS:
+        load_texts(calibrated.calibration)

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_lowbit.config import CalibratedConfig, CalibrationRecord, LowBitConfig
+from hf_lowbit.config import CalibrationRecord, LowBitConfig
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.hf.record import REPOSITORY, read_record
+from hf_lowbit.image_config import WITH_DATA, ImageConfig
 from hf_lowbit.recipe import rules_of
 from hf_lowbit.report.headers import parts
 from hf_lowbit.report.inspect import Inspection, inspect
@@ -30,6 +31,9 @@ _PRIVATE = {
     "text folder": "a folder of texts",
     "texts": "texts",
     "tokens": "token ids",
+    "image file": "an image",
+    "image folder": "a folder of images",
+    "images": "images",
 }
 _FIELDS = {
     "base_model": (REPOSITORY, "the name of a model on the Hub, such as org/model"),
@@ -189,7 +193,7 @@ def facts_of(
     fields = dataclasses.replace(fields, pipeline_tag=fields.pipeline_tag or task)
     configs = [inspection.config for inspection in found.values()]
     rules = [rule for config in configs for _, rule in rules_of(config)]
-    data = [rule.calibration for rule in rules if isinstance(rule, CalibratedConfig)]
+    data = [rule.calibration for rule in rules if isinstance(rule, WITH_DATA)]
     names = [one.name if isinstance(one, CalibrationRecord) else one for one in data]
     return Facts(
         repo=repo,
@@ -247,7 +251,11 @@ def _loader(folder: Path) -> tuple[str, str, str | None]:
         auto = auto_class(folder).__name__
     except ValueError:  # a model that writes no text, such as a text encoder
         return "transformers", "AutoModel", None
-    tasks = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageTextToText": "image-text-to-text"}
+    tasks = {
+        "AutoModelForCausalLM": "text-generation",
+        "AutoModelForImageTextToText": "image-text-to-text",
+        "AutoModelForImageToImage": "image-to-image",
+    }
     return "transformers", auto, tasks.get(auto)
 
 
@@ -267,16 +275,19 @@ def _recipe(models: Mapping[str, Inspection]) -> dict[str, Any]:
 
 def calibration_text(rule: LowBitConfig) -> str:
     """Return in words what a rule was calibrated on."""
-    if not isinstance(rule, CalibratedConfig) or rule.calibration is None:
+    if not isinstance(rule, WITH_DATA) or rule.calibration is None:
         return f"{rule.method}: no data was used."
     record = rule.calibration
     if not isinstance(record, CalibrationRecord):
         record = CalibrationRecord("dataset", str(record))
     known = [f"the public dataset {record.name}" if record.name else f"{_PRIVATE[record.kind]}, not published"]
-    if record.kind != "tokens":
+    if isinstance(rule, ImageConfig):
+        known += [f"{rule.samples} patches of {rule.patch_size} pixels, seed {rule.seed}"]
+    elif record.kind != "tokens":
         known += [f"up to {rule.samples} sequences of {rule.sequence_length} tokens, seed {rule.seed}"]
-    known += [f"{record.tokens:,} tokens were used"] if record.tokens is not None else []
-    known += [f"SHA-256 of their ids {record.sha256}"] if record.sha256 else []
+    what, ids = ("pixels", "of them") if isinstance(rule, ImageConfig) else ("tokens", "of their ids")
+    known += [f"{record.tokens:,} {what} were used"] if record.tokens is not None else []
+    known += [f"SHA-256 {ids} {record.sha256}"] if record.sha256 else []
     return f"{rule.method}: {'; '.join(known)}."
 
 

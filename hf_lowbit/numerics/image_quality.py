@@ -14,6 +14,8 @@ from torch.nn.functional import conv2d
 _LUMA = (65.481, 128.553, 24.966)
 _PEAK = 255.0
 _WINDOW, _SIGMA = 11, 1.5
+# Of an image inside the border, for SSIM.
+LEAST_SIDE = _WINDOW
 
 
 def luma(images: Tensor) -> Tensor:

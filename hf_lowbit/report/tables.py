@@ -219,3 +219,20 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
         table.add_section()
         table.add_row(f"{name}, ratio", *("–" if value is None else f"× {value:.3f}" for value in texts))
     return table
+
+
+def image_table(result: Mapping[str, Any]) -> Table:
+    """Return the table of ``hf-lowbit eval`` for a model that makes images larger."""
+    caption = (
+        f"{result['images']} images of {result['data']}, enlarged {result['scale']} times; luma without a border of "
+        "as many pixels, higher is better; bits per parameter of the whole model, headers included"
+    )
+    table = _table("evaluation", ["model"], ["PSNR, dB", "SSIM", "size on disk", "bits per parameter"], caption)
+    for name, row in result["models"].items():
+        size = "–" if row["bytes"] is None else size_text(row["bytes"])
+        bits = "–" if row["bytes"] is None else f"{row['bits_per_parameter']:.3f}"
+        table.add_row(name, f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", size, bits)
+    for name, ratio in result["ratios"].items():
+        table.add_section()
+        table.add_row(f"{name}, ratio", "–", "–", f"× {ratio['bytes']:.3f}", f"× {ratio['bits_per_parameter']:.3f}")
+    return table

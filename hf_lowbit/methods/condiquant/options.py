@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 from hf_lowbit.config import option, shown
@@ -16,6 +15,13 @@ STRENGTHS = (0.0, 0.003, 0.01, 0.03, 0.06)
 _STRENGTHS_SHOWN = ", ".join(f"{t:g}" for t in STRENGTHS)
 AUTO = "auto"
 BITS = (2, 3, 4, 8)
+
+
+def _strength_problem(value: Any) -> str | None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value == AUTO or (number and 0 <= value <= 10):
+        return None
+    return f"must be 'auto' or a number from 0 to 10, got {shown(value)}"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -37,10 +43,11 @@ class CondiQuantConfig(ImageConfig):
 
     weight_bits: int = option(4, "bits of a weight", choices=BITS)
     act_bits: int = option(4, "bits of an activation", choices=BITS)
-    cond_strength: Any = option(  # noqa: RUF009 - as for all options; the rule is confused by the type
+    cond_strength: str | float = option(
         AUTO,
-        "strength t of the proximal step, a number; 0: weights stay as they are; auto: of "
+        "strength t of the proximal step, a number from 0 to 10; 0: weights stay as they are; auto: of "
         f"{_STRENGTHS_SHOWN} the one whose quantized outputs are best, for each layer",
+        check=_strength_problem,
     )
     cond_steps: int = option(30, "steps of proximal gradient descent (K)", low=1, high=10_000)
     regularizer: str = option(
@@ -67,24 +74,6 @@ class CondiQuantConfig(ImageConfig):
     refine_lr: float = option(0.01, "learning rate of dqc, as a share of each grid's range", low=1e-6, high=1.0)
     refine_batch: int = option(8, "patches per step of dqc", low=1, high=1024)
     feature_weight: float = option(0.01, "weight of the features' term in the loss of dqc", low=0.0, high=1000.0)
-
-    def __post_init__(self) -> None:
-        value = self.cond_strength
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            self.cond_strength = f"{value:g}"  # one type in the file and on the command line
-        super().__post_init__()
-
-    def problems(self) -> list[str]:
-        """Return what is wrong with the values, empty if nothing is."""
-        found = super().problems()
-        if isinstance(self.cond_strength, str) and self.cond_strength != AUTO:
-            try:
-                value = float(self.cond_strength)
-            except ValueError:
-                value = math.nan
-            if not 0 <= value <= 10:
-                found.append(f"cond_strength must be 'auto' or a number from 0 to 10, got {shown(self.cond_strength)}")
-        return found
 
     @property
     def strengths(self) -> tuple[float, ...]:
