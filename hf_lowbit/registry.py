@@ -16,6 +16,7 @@ from hf_lowbit.config import LowBitConfig
 METHOD_MODULES = (
     "hf_lowbit.methods.adasvd",
     "hf_lowbit.methods.arb",
+    "hf_lowbit.methods.bidrn",
     "hf_lowbit.methods.condiquant",
     "hf_lowbit.methods.dvd_quant",
     "hf_lowbit.methods.pbs2p",
