@@ -23,6 +23,7 @@ from hf_lowbit.compress.headers import TensorHeader, compare, packed_layer_spec,
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.experts import expert_lists, fused_name, fused_parameters, is_supported, put_together, take_apart
+from hf_lowbit.hf.convs import CONV_FORMATS, place_empty
 from hf_lowbit.layers import DENSE_TYPES, PackedLinear, features, packed_modules
 from hf_lowbit.recipe import rules_of
 
@@ -95,6 +96,12 @@ def build_skeleton(model: Any, table: Mapping[str, Any], files: Iterable[str]) -
     for stored, row in table.items():
         name = name_in(model, stored, known)
         if name is None and _belongs_to_other_part(model, stored):
+            continue
+        if name is not None and row["format"] in CONV_FORMATS:
+            try:
+                place_empty(model, name, stored, row, headers)
+            except ValueError as error:
+                problems.append(str(error))
             continue
         dense: Any = None if name is None else model.get_submodule(name)
         if name is None or type(dense) not in DENSE_TYPES:
