@@ -23,6 +23,15 @@ from hf_lowbit.compress.engine import check_calibration
 from hf_lowbit.compress.headers import names_metadata
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig, calibration_kind
 from hf_lowbit.errors import CheckpointError
+from hf_lowbit.hf.convs import (
+    is_for_convs,
+    latents_of,
+    rebuild_latents,
+    refuse_float,
+    refuse_unasked_latents,
+    start_training,
+    warn_untrained,
+)
 from hf_lowbit.hf.latent import attach_cache, detach_cache, prepare_cache, split_listed
 from hf_lowbit.hf.packed import (
     attach_runtime,
@@ -87,8 +96,11 @@ class LowBitHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             if kwargs.get("weights_only") is False:
                 raise ValueError("hf_lowbit: packed checkpoints are safetensors files; weights_only=False is refused")
-            check_stored_config(self.quantization_config)
+            if not latents_of(self.quantization_config):
+                check_stored_config(self.quantization_config)
             return
+        if is_for_convs(self.quantization_config):
+            refuse_float(self.quantization_config)
         if isinstance(device_map, dict) and "disk" in map(str, device_map.values()):
             raise ValueError("hf_lowbit: compressing while loading cannot be combined with disk offload")
 
@@ -108,14 +120,17 @@ class LowBitHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._files = safetensors_of(checkpoint_files)
             split_listed(model, self.quantization_config.modules or {})
+            rebuild_latents(model, self.quantization_config, self._files, name_in)
             build_skeleton(model, self.quantization_config.modules or {}, self._files)
             self.quantization_config = _named_as_in(model, self.quantization_config)
             attach_cache(model, self.quantization_config)
             attach_runtime(model, self.quantization_config)
             verify_files(self._files, self.quantization_config, "RunOptions(verify=False)")
             return model
-        source = dense_source(checkpoint_files, getattr(model, "base_model_prefix", ""))
         config = self.quantization_config
+        if is_for_convs(config):
+            return model  # binarized when its weights are there
+        source = dense_source(checkpoint_files, getattr(model, "base_model_prefix", ""))
         prepare_cache(model, config)
         with torch.device("cpu"):  # transformers builds the model under "meta", which calibration data must not follow
             self._intake = Intake(Run(model, config, source, _tokenizer_for(config, model)))
@@ -139,7 +154,12 @@ class LowBitHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             _refuse_unloaded(model)
             check_values(model, self._files)
+            warn_untrained(model)
             offer_push(model)
+            return model
+        if is_for_convs(self.quantization_config):
+            self.quantization_config = start_training(model, self.quantization_config)
+            self.pre_quantized = True
             return model
         if self._intake is None:
             raise RuntimeError("the model was not prepared for compression")
@@ -159,13 +179,23 @@ class LowBitHfQuantizer(HfQuantizer):
         return None, {**file_metadata(model), **names_metadata(_stored_names(model))}
 
     def is_serializable(self) -> bool:
-        """Packed models can be saved."""
+        """Packed models can be saved; one in training form on request.
+
+        Raises:
+            ValueError: the model is in training form, and its config does not ask for latents to be saved.
+        """
+        refuse_unasked_latents(self.quantization_config)
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters can be trained; packed weights are frozen."""
-        return True
+        """Adapters can be trained; packed weights are frozen. Packed convolutions of signs have no gradient."""
+        return bool(latents_of(self.quantization_config)) or not is_for_convs(self.quantization_config)
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """A model in training form is trained as it is."""
+        return bool(latents_of(self.quantization_config))
 
     @property
     def is_compileable(self) -> bool:
