@@ -45,8 +45,14 @@ def plan_run(model: nn.Module, config: LowBitConfig, calibrated: bool) -> tuple[
 
     Raises:
         UnsupportedModelError: nothing can be compressed, or a calibrated run does not find the blocks.
-        ValueError: a skip pattern or a rule matches no module.
+        ValueError: a skip pattern or a rule matches no module, or a method is one of training.
     """
+    trained = [rule.method for _, rule in rules_of(config) if registry.get(rule.method).needs == "training"]
+    if trained:
+        raise ValueError(
+            f"{trained[0]} makes convolutions binary by training, not in a compression run; use "
+            "hf_lowbit.binarize_convs(model, config), train, then hf_lowbit.pack_convs(model)"
+        )
     targets = select(model, config, None)
     stacks = capture.find_stacks(model) if calibrated else []
     if calibrated:
