@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     from hf_lowbit.config import CalibrationRecord, LowBitConfig, RunOptions
     from hf_lowbit.errors import CalibrationError, CheckpointError, HfLowbitError, HubError, UnsupportedModelError
     from hf_lowbit.hf.delta_gbs import delta_gbs_report, disable_delta_gbs, enable_delta_gbs, reset_delta_gbs
+    from hf_lowbit.hf.body_mesh import BiDRNForBodyMesh, BodyMeshConfig
+    from hf_lowbit.hf.convs import binarize_convs, pack_convs
     from hf_lowbit.hf.entry import quantize, register
     from hf_lowbit.hf.packed import unverified
     from hf_lowbit.hf.quantcache import apply_quantcache, remove_quantcache
     from hf_lowbit.layers import PackedLinear, packed_modules, set_act_bits
     from hf_lowbit.methods.adasvd import AdaSVDConfig
     from hf_lowbit.methods.arb import ARBConfig
+    from hf_lowbit.methods.bidrn import BiDRNConfig
     from hf_lowbit.methods.condiquant import CondiQuantConfig
     from hf_lowbit.methods.dvd_quant import DVDQuantConfig
     from hf_lowbit.methods.pbs2p import PBS2PConfig
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "ARBConfig": "methods.arb",
     "AdaSVDConfig": "methods.adasvd",
+    "BiDRNConfig": "methods.bidrn",
+    "BiDRNForBodyMesh": "hf.body_mesh",
+    "BodyMeshConfig": "hf.body_mesh",
     "CalibrationError": "errors",
     "CalibrationRecord": "config",
     "CheckpointError": "errors",
@@ -60,6 +66,8 @@ _HOMES = {
     "delta_gbs_report": "hf.delta_gbs",
     "disable_delta_gbs": "hf.delta_gbs",
     "enable_delta_gbs": "hf.delta_gbs",
+    "binarize_convs": "hf.convs",
+    "pack_convs": "hf.convs",
     "packed_modules": "layers",
     "quantize": "hf.entry",
     "register": "hf.entry",
@@ -72,6 +80,9 @@ _HOMES = {
 __all__ = [
     "ARBConfig",
     "AdaSVDConfig",
+    "BiDRNConfig",
+    "BiDRNForBodyMesh",
+    "BodyMeshConfig",
     "CalibrationError",
     "CalibrationRecord",
     "CheckpointError",
@@ -92,6 +103,8 @@ __all__ = [
     "delta_gbs_report",
     "disable_delta_gbs",
     "enable_delta_gbs",
+    "binarize_convs",
+    "pack_convs",
     "packed_modules",
     "quantize",
     "register",
