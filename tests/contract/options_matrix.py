@@ -73,6 +73,9 @@ ATTENTION: dict[str, list[dict[str, Any]]] = {
 # methods of unit "pipeline", which compress no weights; their contract is in tests/hf/test_quantcache.py
 PIPELINE = {"quantcache"}
 
+# methods of unit "conv2d", which are trained; their contract is in tests/hf/test_convs.py
+CONV = {"bidrn"}
+
 # method -> options of the plain baseline of its kind
 BASELINE: dict[str, dict[str, Any]] = {
     "adasvd": {"init": "svd", "iterations": 0},
