@@ -14,7 +14,7 @@ from hf_lowbit.compress.outcome import relative_errors
 from hf_lowbit.formats import FORMATS
 from hf_lowbit.kernels import dispatch
 from hf_lowbit.layers import set_act_bits
-from tests.contract.options_matrix import ATTENTION, BASELINE, OPTIONS, PIPELINE, REBUILT, SHARED
+from tests.contract.options_matrix import ATTENTION, BASELINE, CONV, OPTIONS, PIPELINE, REBUILT, SHARED
 
 LINEAR = [name for name, method in registry.methods().items() if method.unit == "linear"]
 CASES = [pytest.param(name, i, id=f"{name}-{i}") for name in LINEAR for i in range(len(OPTIONS.get(name, [])))]
@@ -22,7 +22,7 @@ CASES = [pytest.param(name, i, id=f"{name}-{i}") for name in LINEAR for i in ran
 
 def test_every_method_is_covered():
     assert set(LINEAR) == set(OPTIONS)
-    assert set(registry.methods()) == set(OPTIONS) | set(ATTENTION) | PIPELINE
+    assert set(registry.methods()) == set(OPTIONS) | set(ATTENTION) | PIPELINE | CONV
 
 
 def config_of(name: str, number: int) -> LowBitConfig:
