@@ -186,15 +186,16 @@ def methods() -> dict[str, Method]:
 
 
 def get(name: str) -> Method:
-    """Return the record of a method.
+    """Return the record of a method; its name may be written with hyphens.
 
     Raises:
         ValueError: no such method; the message lists those there are.
     """
     found = methods()
-    if name not in found:
+    plain = name.replace("-", "_")
+    if plain not in found:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(found)}")
-    return found[name]
+    return found[plain]
 
 
 def method_info(name: str) -> Any:
