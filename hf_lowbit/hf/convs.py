@@ -21,11 +21,20 @@ from hf_lowbit.conv_layers import DENSE_CONVS, PackedConv2d
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.formats import BinaryConvFormat
 from hf_lowbit.kernels.geometry import ConvGeometry
-from hf_lowbit.methods.bidrn.convert import Selection, make_binary, replace_conv, select, units, untrained
+from hf_lowbit.methods.bidrn.convert import (
+    Selection,
+    drop_stem_activation,
+    make_binary,
+    replace_conv,
+    select,
+    units,
+    untrained,
+)
 from hf_lowbit.methods.bidrn.modules import BinaryUnit
 from hf_lowbit.methods.bidrn.options import BiDRNConfig
 
 logger = logging.getLogger(__name__)
+CONV_FORMATS = (BinaryConvFormat.name,)
 
 
 def is_for_convs(config: Any) -> bool:
@@ -153,8 +162,8 @@ def start_training(model: Any, config: BiDRNConfig) -> BiDRNConfig:
     return finished
 
 
-def rebuild_latents(model: Any, config: LowBitConfig, files: Iterable[str], name_in: Any) -> None:
-    """Put units in training form into a model on ``meta``, for a checkpoint that holds latents.
+def prepare_convs(model: Any, config: LowBitConfig, files: Iterable[str], name_in: Any) -> None:
+    """Bring a model on ``meta`` into the structure that a stored one has; of a training form, put its units in place.
 
     Args:
         model: as transformers has built it.
@@ -165,29 +174,42 @@ def rebuild_latents(model: Any, config: LowBitConfig, files: Iterable[str], name
     Raises:
         CheckpointError: config, model and files disagree; the first ten problems are named.
     """
+    known = {name for name, _ in model.named_modules()}
+    packed = [name for name, row in (config.modules or {}).items() if row["format"] in CONV_FORMATS]
+    if packed:
+        drop_stem_activation(model, {name_in(model, name, known) for name in packed})
     latents = latents_of(config)
     if not latents:
         return
     headers: dict[str, TensorHeader] = {}
     for file in files:
         headers |= read_headers(file)
-    known = {name for name, _ in model.named_modules()}
-    problems = []
-    for stored in latents:
-        name = name_in(model, stored, known)
-        if name is None or type(model.get_submodule(name)) not in DENSE_CONVS:
-            problems.append(f"{stored}: the model has no convolution of this name")
-            continue
-        unit = make_binary(model, (name,), config.unit)[name]  # type: ignore[attr-defined]
-        for leaf, tensor in unit.state_dict().items():
-            header = headers.get(f"{stored}.{leaf}")
-            if header is None:
-                problems.append(f"{stored}.{leaf} is in none of the weight files")
-            elif header.shape != tuple(tensor.shape):
-                problems.append(f"{stored}.{leaf} is {list(header.shape)}, config.json says {list(tensor.shape)}")
+    names = {stored: name_in(model, stored, known) for stored in latents}
+    problems = [
+        f"{stored}: the model has no convolution of this name"
+        for stored, name in names.items()
+        if name is None or type(model.get_submodule(name)) not in DENSE_CONVS
+    ]
+    if not problems:
+        made = make_binary(model, tuple(names.values()), config.unit)  # type: ignore[attr-defined]
+        problems = [
+            problem for stored, name in names.items() for problem in _header_problems(stored, made[name], headers)
+        ]
     if problems:
         more = f"; {len(problems) - 10} more" if len(problems) > 10 else ""
         raise CheckpointError("; ".join(problems[:10]) + more)
+
+
+def _header_problems(stored: str, unit: BinaryUnit, headers: Mapping[str, TensorHeader]) -> list[str]:
+    """Return what is wrong with the tensors of a unit in training form, buffers included."""
+    found = []
+    for leaf, tensor in unit.state_dict().items():
+        header = headers.get(f"{stored}.{leaf}")
+        if header is None:
+            found.append(f"{stored}.{leaf} is in none of the weight files")
+        elif header.shape != tuple(tensor.shape):
+            found.append(f"{stored}.{leaf} is {list(header.shape)}, config.json says {list(tensor.shape)}")
+    return found
 
 
 def warn_untrained(model: Any) -> None:
@@ -226,6 +248,3 @@ def place_empty(model: Any, name: str, stored: str, row: Mapping[str, Any], head
     with torch.device("meta"):
         empty: Any = format_type.empty(spec)
         replace_conv(model, name, lambda conv, _: PackedConv2d(empty, conv.weight.dtype))
-
-
-CONV_FORMATS = (BinaryConvFormat.name,)

@@ -2,16 +2,16 @@
 
 Only the structure of a model is looked at. Three patterns are known: Hugging Face's ``convolution, normalization,
 activation`` in one module; ``conv1, bn1, act1`` (timm) or ``conv1, bn1, relu`` side by side in a block; and neighbours
-in an ``nn.Sequential``. Normalization moves into the unit, the ReLU behind it goes, and so does the one behind a
-block's sum: what a ReLU leaves is never negative, and its sign would be constant. A convolution in any other place
-becomes a unit without normalization.
+in an ``nn.Sequential``. Normalization moves into the unit, the ReLU behind it goes, and so do those behind a block's sum
+and behind the first convolution: what a ReLU leaves is never negative, and its sign would be constant. A convolution in
+any other place becomes a unit without normalization.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -198,8 +198,21 @@ def replace_conv(model: nn.Module, name: str, make: Callable[[Any, nn.Module | N
     return new
 
 
+def drop_stem_activation(model: nn.Module, binary: Container[str]) -> None:
+    """Take away the ReLU behind the first convolution, which stays real: the first sign would be constant after it.
+
+    Source: ReActNet's code, whose stem has none.
+    """
+    first = next((n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))), None)
+    if first is None or first in binary or isinstance(model.get_submodule(first), BinaryUnit):
+        return
+    for act in _place(model, first).acts:
+        model.set_submodule(act, nn.Identity())
+
+
 def make_binary(model: nn.Module, names: tuple[str, ...], options: UnitOptions) -> dict[str, BinaryUnit]:
     """Replace convolutions by units that train; weights become latents, normalization moves into the unit."""
+    drop_stem_activation(model, names)
     made: dict[str, Any] = {}
     for name in names:
         made[name] = replace_conv(model, name, lambda conv, norm: binary_like(conv, norm, _unit(options, name)))
