@@ -26,7 +26,7 @@ from hf_lowbit.errors import CheckpointError
 from hf_lowbit.hf.convs import (
     is_for_convs,
     latents_of,
-    rebuild_latents,
+    prepare_convs,
     refuse_float,
     refuse_unasked_latents,
     start_training,
@@ -120,7 +120,7 @@ class LowBitHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._files = safetensors_of(checkpoint_files)
             split_listed(model, self.quantization_config.modules or {})
-            rebuild_latents(model, self.quantization_config, self._files, name_in)
+            prepare_convs(model, self.quantization_config, self._files, name_in)
             build_skeleton(model, self.quantization_config.modules or {}, self._files)
             self.quantization_config = _named_as_in(model, self.quantization_config)
             attach_cache(model, self.quantization_config)
