@@ -30,8 +30,9 @@ from triton.compiler import ASTSource
 
 from benchmarks.common import RESULTS, write_result
 from hf_lowbit.formats import BinaryFormat, BinarySpec
-from hf_lowbit.kernels.triton import binary
+from hf_lowbit.kernels.triton import binary, low_rank
 from hf_lowbit.kernels.triton.binary_kernels import binary_kernel, columns_kernel, reduce_kernel
+from hf_lowbit.kernels.triton.low_rank_kernels import low_rank_kernel
 from hf_lowbit.kernels.tuning import Settings, choose, split_count
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -72,6 +73,7 @@ VARIANTS = {
     "rc-2:4": BinarySpec(**_SIZES, **_SALIENT, col_scales=True, keep_n=2, keep_m=4),
     "arb-4:8": BinarySpec(**_SIZES, **_SALIENT, shift=True, keep_n=4, keep_m=8),
 }
+LOW_RANK, RANK = "low-rank", 816  # two factors of such a layer at a ratio of 0.4, a multiple of 16
 BATCHES = {"decode": 1, "few": 32, "skinny": 64, "chunk": 256, "prefill": 2048}
 
 
@@ -148,6 +150,19 @@ def compile_helpers(spec: BinarySpec, batch: int, dtype: torch.dtype, target: Ta
         "columns": ahead_of_time(columns_kernel, columns, target, settings),
         "reduce": ahead_of_time(reduce_kernel, reduce, target, settings),
     }
+
+
+def compile_low_rank(batch: int, dtype: torch.dtype, target: Target) -> Compiled:
+    """Compile the kernel of two factors as :func:`hf_lowbit.kernels.triton.low_rank.run` would launch it."""
+    up, down = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((4096, RANK), (RANK, 4096)))
+    shape = low_rank.shape_of(4096, RANK, batch, target.cores, dtype)
+    x = torch.empty((batch, 4096), dtype=dtype, device="meta")
+    out = torch.empty((shape.groups(RANK), batch, 4096), dtype=torch.float32, device="meta")
+    arguments = low_rank.kernel_arguments(x, up, down, None, out, shape, dtype)
+    # both loops take as many weights at a turn, so figures per weight hold: 128 columns of `block_r` rows of `down`
+    tile = Settings(shape.block_r, shape.block_m, shape.num_warps, shape.num_stages)
+    options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+    return ahead_of_time(low_rank_kernel, arguments, target, tile, **options)
 
 
 # What the machine code contains -----------------------------------------------------------------------------------
@@ -276,7 +291,8 @@ def main() -> None:
     """Compile everything, print a table, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    variants = [*VARIANTS, LOW_RANK]
+    parser.add_argument("--variants", nargs="+", choices=variants, default=variants)
     parser.add_argument("--batches", nargs="+", choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--no-file", action="store_true", help="print only")
     arguments = parser.parse_args()
@@ -289,8 +305,13 @@ def main() -> None:
         for name in arguments.targets:
             for variant in arguments.variants:
                 for use in arguments.batches:
-                    target = TARGETS[name]
-                    row = figures(compile_binary(VARIANTS[variant], BATCHES[use], torch.bfloat16, target))
+                    target, batch = TARGETS[name], BATCHES[use]
+                    if variant == LOW_RANK:
+                        if batch > low_rank.MOST_TOKENS:
+                            continue
+                        row = figures(compile_low_rank(batch, torch.bfloat16, target))
+                    else:
+                        row = figures(compile_binary(VARIANTS[variant], batch, torch.bfloat16, target))
                     results[f"{name} {variant} {use}"] = {**row, "problems": problems(row, target)}
                     table.add_row(name, variant, use, *_cells(row, target))
                     console.print(name, variant, use, *_cells(row, target))

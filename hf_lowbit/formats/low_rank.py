@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,7 @@ from torch.nn.functional import linear
 from hf_lowbit.formats.base import Format, Shapes, Spec, register_format
 from hf_lowbit.formats.binary import BinaryFormat, BinarySpec
 from hf_lowbit.formats.integer import IntegerFormat, IntegerSpec
-from hf_lowbit.kernels.low_rank import low_rank_linear
+from hf_lowbit.kernels.low_rank import low_rank_linear, low_rank_ready
 
 FACTOR_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # Formats in which a factor may be held, by their spec. Not this one: factors of factors are a smaller rank.
@@ -218,6 +218,12 @@ class LowRankFormat(Format):
         if isinstance(self.up, Tensor) and isinstance(self.down, Tensor):
             return low_rank_linear(x, self.up, self.down, bias)
         return _product(_product(x, self.down, None), self.up, bias)
+
+    def ready(self, bias: Tensor | None) -> Callable[[Tensor], Tensor | None] | None:
+        """Return a shorter way to :meth:`linear` for few tokens on the CPU; see :class:`Format`."""
+        if isinstance(self.up, Tensor) and isinstance(self.down, Tensor):
+            return low_rank_ready(self.up, self.down, bias)
+        return None
 
 
 def dense_factor(factor: Factor) -> Tensor:

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from hf_lowbit.compress.headers import packed_layer_spec
 from hf_lowbit.formats import FORMATS, BinaryFormat, BinarySpec, Format, IntegerSpec, LowRankFormat, LowRankSpec, Spec
-from hf_lowbit.formats.low_rank import FACTOR_DTYPES, INNER
-from hf_lowbit.kernels import dispatch
+from hf_lowbit.formats.low_rank import FACTOR_DTYPES, FACTORS, INNER
+from hf_lowbit.kernels import dispatch, low_rank
 from hf_lowbit.report.inspect import inspect
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -90,6 +90,10 @@ def kernels_of(spec: Spec, dtype: torch.dtype, device: str) -> dict[str, str]:
         return {"reference": "runs: no kernel multiplies packed integers yet; the weight is rebuilt in every call"}
     if any(isinstance(one, BinarySpec) for one in inner):
         return {"as the factors": "each factor runs as a layer of its own form"}
+    if isinstance(spec, LowRankSpec):
+        held = FACTOR_DTYPES[spec.dtype]
+        up, down = (torch.empty(spec.shape_of(name), dtype=held, device="meta") for name in FACTORS)
+        return low_rank.TABLE.reasons(dtype, device, up, down)
     return {"torch": "runs: plain dense products"}
 
 

@@ -5,6 +5,7 @@ import torch
 
 from hf_lowbit import AdaSVDConfig, ARBConfig, LowBitRecipe, packed_modules, quantize
 from hf_lowbit.hf.save import save_model
+from hf_lowbit.kernels import low_rank
 from hf_lowbit.report import bench
 from tests.tiny import tiny_model
 
@@ -28,7 +29,8 @@ def test_every_kind_of_layer_is_listed(saved):
     assert sum(int(kind.split(" ")[0]) for kind in kinds) == len(packed_modules(saved[1])) == 14
     assert "2 × (64 × 96, low_rank, rank 19)" in kinds
     text = {kind: set(bench.kernels_of(spec, torch.bfloat16, "cpu")) for kind, spec in kinds.items()}
-    assert {"torch", "reference", "as the factors"} <= set().union(*text.values())
+    assert {"cpu", "triton", "reference", "as the factors"} <= set().union(*text.values())
+    assert any(set(names) == set(low_rank.TABLE.kernels) for names in text.values())
     table = bench.kernel_table(saved[0], "cpu")
     assert {cell.partition(" × ")[0] for cell in table.columns[0].cells} == {"2", "4"}
 

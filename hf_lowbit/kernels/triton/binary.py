@@ -27,13 +27,13 @@ from hf_lowbit.kernels.triton.binary_kernels import binary_kernel, columns_kerne
 from hf_lowbit.kernels.triton.forms import Derived, compute_form, padded_scale
 from hf_lowbit.kernels.tuning import Settings, choose, slug, split_count
 
-_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # TRITON_INTERPRET makes functions of another class: kernels then run on tensors of the CPU.
 INTERPRETED = not isinstance(binary_kernel, triton.JITFunction)
-_LIMIT = 2**31
-_BLOCK = 512  # elements per program of the small kernels
+LIMIT = 2**31
+BLOCK = 512  # elements per program of the small kernels
 _DERIVED = Derived()
-_PLANE, _SCALE = (torch.uint8,), tuple(_TYPES)
+_PLANE, _SCALE = (torch.uint8,), tuple(TYPES)
 _PARTS = {
     "sign": _PLANE,
     "row_scale": _SCALE,
@@ -110,7 +110,7 @@ def supports(
         reason = f"x is on {x.device}, sign on {sign.device}"
     if reason is None and bias is not None and bias.device != x.device:
         reason = f"bias is on {bias.device}, x on {x.device}"
-    if reason is None and x.numel() // in_features * -(-row_scale.shape[-1] // 16) >= _LIMIT:
+    if reason is None and x.numel() // in_features * -(-row_scale.shape[-1] // 16) >= LIMIT:
         reason = f"{x.numel() // in_features} tokens are too many for one launch"
     return reason is None, reason or ""
 
@@ -130,7 +130,7 @@ def unsupported(dtype: torch.dtype, parts: Parts, sizes: Sizes) -> str | None:
     reason = unsupported_device(sign.device)
     if reason is not None:
         return reason
-    if dtype not in _TYPES:
+    if dtype not in TYPES:
         return f"x is {dtype}; float16, bfloat16 and float32 are computed"
     if (mask is None) != (not keep_m):
         return f"keep_m is {keep_m}, but there is {'no' if mask is None else 'a'} mask"
@@ -146,8 +146,8 @@ def unsupported(dtype: torch.dtype, parts: Parts, sizes: Sizes) -> str | None:
         return "salient columns without a second plane"
     if codes > 2**planes:
         return f"{codes} groups of salient columns without a group plane"
-    if rows * plane_bytes(in_features) * max(planes, 1) >= _LIMIT or row_scale.numel() >= _LIMIT:
-        return f"{rows} × {in_features} weights; tables of at most {_LIMIT - 1} elements are addressed"
+    if rows * plane_bytes(in_features) * max(planes, 1) >= LIMIT or row_scale.numel() >= LIMIT:
+        return f"{rows} × {in_features} weights; tables of at most {LIMIT - 1} elements are addressed"
     shapes = _shapes(rows, planes, entries, codes, count, in_features, block_size, keep_n, keep_m)
     for (name, dtypes), part, shape in zip(_PARTS.items(), parts, shapes, strict=True):
         if part is None:
@@ -337,8 +337,8 @@ def run(
         tiles = -(-rows // settings.block_n) * -(-tokens // settings.block_m)
         binary_kernel[(tiles, splits)](**arguments, **_options(settings))
         if splits > 1:
-            grid = (-(-out.numel() // _BLOCK),)
-            reduce_kernel[grid](**reduce_arguments(parts, bias, out, compute), **_FUSED)
+            grid = (-(-out.numel() // BLOCK),)
+            reduce_kernel[grid](**reduce_arguments(parts, bias, out, compute), **FUSED)
     return out
 
 
@@ -389,18 +389,18 @@ def kernel_arguments(
         "PER_PLANE": per_plane,
         "FULL": x.shape[1] >= padded_columns(weight.in_features),
         "PACKED": weight.packed,
-        "DT": _TYPES[compute],
+        "DT": TYPES[compute],
         "BLOCK_N": settings.block_n,
         "BLOCK_M": settings.block_m,
     }
 
 
 # Pinned: the default changes with Triton 3.10, and numbers should not move with it.
-_FUSED = {"enable_fp_fusion": True}
+FUSED = {"enable_fp_fusion": True}
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    return {"num_warps": settings.num_warps, "num_stages": settings.num_stages, **_FUSED}
+    return {"num_warps": settings.num_warps, "num_stages": settings.num_stages, **FUSED}
 
 
 def input_width(weight: Weight) -> int:
@@ -418,8 +418,8 @@ def _columns(x: Tensor, weight: Weight, compute: torch.dtype) -> Tensor:
     if weight.salient is None:
         return x if x.stride(1) == 1 else x.contiguous()
     out = x.new_empty((x.shape[0], input_width(weight)), dtype=compute)
-    grid = (x.shape[0], -(-out.shape[1] // _BLOCK))
-    columns_kernel[grid](**columns_arguments(x, weight.salient, out, compute), **_FUSED)
+    grid = (x.shape[0], -(-out.shape[1] // BLOCK))
+    columns_kernel[grid](**columns_arguments(x, weight.salient, out, compute), **FUSED)
     return out
 
 
@@ -436,8 +436,8 @@ def columns_arguments(x: Tensor, salient: Tensor, out: Tensor, compute: torch.dt
         "width": out.shape[1],
         "padded": padded_columns(x.shape[1]),
         "steps": salient.shape[0].bit_length(),
-        "DT": _TYPES[compute],
-        "BLOCK": _BLOCK,
+        "DT": TYPES[compute],
+        "BLOCK": BLOCK,
     }
 
 
@@ -450,8 +450,8 @@ def reduce_arguments(parts: Tensor, bias: Tensor | None, out: Tensor, compute: t
         "total": out.numel(),
         "N": out.shape[-1],
         "splits": parts.shape[0],
-        "DT": _TYPES[compute],
-        "BLOCK": _BLOCK,
+        "DT": TYPES[compute],
+        "BLOCK": BLOCK,
     }
 
 

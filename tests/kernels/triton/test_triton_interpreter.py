@@ -14,13 +14,12 @@ import pytest
 pytest.importorskip("triton.language")
 
 ROOT = Path(__file__).parent.parent.parent.parent
-FILE = Path(__file__).parent / "interpreted_binary.py"
 
 
-def interpreted(marks: str, folder: Path) -> int:
-    """Run the tests with these marks; the number that ran. None may fail or be skipped."""
-    report = folder / "report.xml"
-    command = [sys.executable, "-m", "pytest", str(FILE), "-q", "-m", marks, f"--junitxml={report}"]
+def interpreted(name: str, marks: str, folder: Path) -> int:
+    """Run the tests of a file with these marks; the number that ran. None may fail or be skipped."""
+    report, file = folder / "report.xml", Path(__file__).parent / f"interpreted_{name}.py"
+    command = [sys.executable, "-m", "pytest", str(file), "-q", "-m", marks, f"--junitxml={report}"]
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider", "-p", "no:xdist"],
         cwd=ROOT,
@@ -37,9 +36,14 @@ def interpreted(marks: str, folder: Path) -> int:
 
 @pytest.mark.timeout(600)
 def test_kernels_of_format_binary(tmp_path):
-    assert interpreted("not slow", tmp_path) > 80
+    assert interpreted("binary", "not slow", tmp_path) > 80
 
 
 @pytest.mark.slow
 def test_larger_kernels_of_format_binary(tmp_path):
-    assert interpreted("slow", tmp_path) == 1
+    assert interpreted("binary", "slow", tmp_path) == 1
+
+
+@pytest.mark.timeout(300)
+def test_kernels_of_format_low_rank(tmp_path):
+    assert interpreted("low_rank", "not slow", tmp_path) > 15
