@@ -52,7 +52,7 @@ def core_of(order: int) -> int | None:
 
 
 @functools.cache
-def _entries(core: int) -> tuple[tuple[int, ...], ...]:
+def core_entries(core: int) -> tuple[tuple[int, ...], ...]:
     """Paley's matrix of order ``core``, as :func:`core_of` returns them, as ±1."""
     first = _is_prime(core - 1)
     q = core - 1 if first else core // 2 - 1
@@ -82,7 +82,7 @@ def _factors(order: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
     found = []
     with torch.inference_mode(False):  # kept for later calls, of which some may need gradients
         if core > 1:
-            entries = torch.tensor(_entries(core), dtype=torch.float64, device="cpu") / core**0.5
+            entries = torch.tensor(core_entries(core), dtype=torch.float64, device="cpu") / core**0.5
             found.append(entries.to(device, dtype))
         left = order // core
         while left > 1 or not found:

@@ -16,6 +16,7 @@ codes, the first column in the lowest bits, and with 3 bits three bytes hold eig
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -23,9 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from hf_lowbit.kernels.choice import Kernel, Table
+from hf_lowbit.kernels.cpu import integer as cpu
 from hf_lowbit.kernels.ops import LIBRARY, unobserved
 
 BITS = (2, 3, 4, 8)
+Parts = tuple[Tensor, Tensor, Tensor | None]  # packed, scale, zero_point
+Sizes = tuple[int, ...]  # in_features, bits, group_size
 
 
 def code_bytes(columns: int, bits: int) -> int:
@@ -84,9 +89,10 @@ LIBRARY.define(
 )
 
 
-def _dequantize(
-    packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, bits: int, group_size: int
-) -> Tensor:
+def _rebuilt(parts: Parts, sizes: Sizes) -> Tensor:
+    """Return the dense weight, (out_features, in_features), float32."""
+    packed, scale, zero_point = parts
+    in_features, bits, group_size = sizes
     groups = scale.shape[1]
     codes = unpack_codes(packed, in_features, bits).float()
     zero = codes.new_full((1, 1), 2 ** (bits - 1))
@@ -117,12 +123,42 @@ def _check(x: Tensor, packed: Tensor, bias: Tensor | None, in_features: int) -> 
         raise RuntimeError(f"integer_linear: bias has shape {tuple(bias.shape)}, expected ({packed.shape[0]},)")
 
 
-def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any) -> Tensor:
+def _reference(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes) -> Tensor:
     """Multiply; the weight is rounded once to the dtype of ``x``."""
-    bias, in_features, *sizes = rest
-    _check(x, packed, bias, in_features)
-    weight = _dequantize(packed, scale, zero_point, in_features, *sizes).to(x.dtype)
+    weight = _rebuilt(parts, sizes).to(x.dtype)
     return linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _cpu_why_not(dtype: torch.dtype, device: str, parts: Parts, sizes: Sizes) -> str | None:
+    return f"tensors on {device}" if device != "cpu" else cpu.unsupported(dtype, parts, sizes)
+
+
+# A case is (dtype of x, device type, parts, sizes).
+TABLE = Table(
+    Kernel("cpu", "C++ on the packed codes, exact to the dtype", _cpu_why_not, cpu.linear, cpu.dequantize),
+    Kernel(
+        "cpu-int8",
+        "C++ with activations of 8 bits, relative error about 0.006",
+        _cpu_why_not,
+        functools.partial(cpu.linear, digits=1),
+        cpu.dequantize,
+        opt_in=True,
+    ),
+    Kernel("reference", "plain torch, rebuilds the dense weight in every call", lambda *_: None, _reference, _rebuilt),
+)
+
+
+def _dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, *sizes: Any) -> Tensor:
+    parts = (packed, scale, zero_point)
+    kernel = TABLE.choose(torch.float32, packed.device.type, parts, sizes)
+    return (kernel.dequantize or _rebuilt)(parts, sizes)
+
+
+def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any) -> Tensor:
+    bias, *sizes = rest
+    _check(x, packed, bias, sizes[0])
+    case = (packed, scale, zero_point), tuple(sizes)
+    return TABLE.choose(x.dtype, x.device.type, *case).linear(x, case[0], bias, case[1])
 
 
 def _linear_fake(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any) -> Tensor:

@@ -80,7 +80,9 @@ def test_values_file_and_exact_bytes(form, shape):
     for dtype in (torch.float32, torch.bfloat16):
         out = found.linear(x.to(dtype), bias)
         assert out.dtype == dtype
-        torch.testing.assert_close(out, torch.nn.functional.linear(x.to(dtype), want.to(dtype), bias.to(dtype)))
+        exact = x.to(dtype).double() @ want.T + bias.to(dtype).double()
+        # weights may be rounded to the dtype or not, and sums of any order cancel; so to the largest value
+        assert (out - exact).abs().max() < (1e-5 if dtype is torch.float32 else 1e-2) * exact.abs().max()
 
 
 def test_schema_shapes_and_gradients_of_the_ops():

@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Of the unpacked rows: more do not stay in a cache, fewer make the product slow.
 _SCRATCH_BYTES, _LEAST_ROWS = 8 << 20, 256
+# With fewer tokens the product is faster with the weight on the left, with more the result is too large to turn around.
+_TURNED_TOKENS = 256
 
 
 def multiply_unpacked(x: Tensor, rows: int, unpack: Callable[[int, int, Tensor], None]) -> Tensor:
@@ -23,11 +25,11 @@ def multiply_unpacked(x: Tensor, rows: int, unpack: Callable[[int, int, Tensor],
         (tokens, rows), dtype of ``x``.
     """
     out = x.new_empty((x.shape[0], rows))
-    right = x.T
     most = max(_LEAST_ROWS, _SCRATCH_BYTES // (x.shape[1] * x.element_size()))
     scratch = torch.empty((min(rows, most), x.shape[1]), dtype=x.dtype)
     for start in range(0, rows, most):
         end = min(start + most, rows)
         unpack(start, end, scratch)
-        out[:, start:end] = torch.mm(scratch[: end - start], right).T  # faster than with the weight on the right
+        some = scratch[: end - start]
+        out[:, start:end] = torch.mm(some, x.T).T if x.shape[0] <= _TURNED_TOKENS else torch.mm(x, some.T)
     return out
