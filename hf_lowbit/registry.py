@@ -130,6 +130,8 @@ class Method:
         leaves_dense: optional, for methods that cannot gain on every layer: ``(name, (out_features, in_features),
             options) -> reason or None``. A layer with a reason is not compressed and is listed as left dense. Asked
             after ``plan``.
+        cannot_take: optional, of the same arguments and results: layers that the method would compress if it could.
+            They stay dense, and the user is told. Asked before ``plan``.
         allocate: for unit "attention", in runs with data, in place of ``plan``: ``(projections, options, measures) ->
             {projection name: number}``, merged into ``layers`` as well. ``measures`` looks at the dense blocks when it
             is asked, see :class:`hf_lowbit.compress.measures.StackMeasures`.
@@ -153,6 +155,7 @@ class Method:
     compress: Callable[..., Any]
     plan: Callable[..., Any] | None = None
     leaves_dense: Callable[[str, tuple[int, int], Any], str | None] | None = None
+    cannot_take: Callable[[str, tuple[int, int], Any], str | None] | None = None
     allocate: Callable[..., Any] | None = None
     check: Callable[..., list[str]] | None = None
     finish: Callable[[ModelUnit], dict[str, Any]] | None = None

@@ -109,7 +109,7 @@ class Run:
         Raises:
             UnsupportedModelError: says why.
         """
-        reasons: dict[str, None] = {}
+        reasons: dict[str, None] = dict.fromkeys(self.targets.unwanted.values())
         for name in self.targets.methods:
             reason = self._reason_to_leave(name)
             if reason is None:

@@ -15,7 +15,7 @@ from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import UnsupportedModelError
 from hf_lowbit.experts import expert_names, fused_parameters, is_supported
 from hf_lowbit.image_config import ImageConfig
-from hf_lowbit.layers import DENSE_TYPES
+from hf_lowbit.layers import DENSE_TYPES, features
 from hf_lowbit.recipe import matches, rules_of
 
 OUTPUT_HEAD, TIED, FP32 = "output head", "tied weight", "kept in float32 by the model"
@@ -101,6 +101,7 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
     dense: dict[str, str] = {}
     unwanted: dict[str, str] = {}
     roots = capture.text_roots(model) if capture.other_towers(model) else [""]
+    modules = dict(model.named_modules())
     for name, reason in _units(model):
         pattern = next((p for p in config.skip if matches(p, name)), None)
         rule, passed = rule_for(model, config, name)
@@ -122,6 +123,8 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
             dense[name] = unwanted[name] = reason
         elif blocks is not None and not any(name.startswith(f"{block}.") for block in blocks):
             dense[name] = unwanted[name] = "outside the decoder blocks"
+        elif (misfit := _misfit(name, modules.get(name), rule)) is not None:
+            dense[name] = unwanted[name] = misfit
         else:
             methods[name] = rule
     _refuse_idle_patterns(model, config, [*methods, *dense])
@@ -131,6 +134,12 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:5])
         raise UnsupportedModelError(f"nothing to compress in {type(model).__name__} ({listed or 'no linear layers'})")
     return Targets(methods, dense, unwanted)
+
+
+def _misfit(name: str, module: nn.Module | None, rule: LowBitConfig) -> str | None:
+    """Return why the method of a layer cannot take it, None if it can; experts in one parameter are no modules."""
+    cannot_take = registry.get(rule.method).cannot_take
+    return None if cannot_take is None or module is None else cannot_take(name, features(module), rule)
 
 
 def _units(model: nn.Module) -> Iterator[tuple[str, str]]:

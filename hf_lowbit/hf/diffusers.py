@@ -37,7 +37,6 @@ from hf_lowbit.compress.headers import DTYPES, TensorHeader, packed_leaves, read
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig
 from hf_lowbit.errors import CheckpointError, UnsupportedModelError
 from hf_lowbit.hf import quantcache
-from hf_lowbit.hf.delta_gbs import disable_delta_gbs, follow_config
 from hf_lowbit.hf.packed import (
     build_skeleton,
     check_stored_config,
@@ -233,6 +232,9 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
         names = tuple(f"^{re.escape(name)}$" for name in packed_modules(model))
         model._skip_layerwise_casting_patterns = (*(type(model)._skip_layerwise_casting_patterns or ()), *names)
         offer_push(model)
+        # here, since it loads diffusers' models, and that while diffusers may still be loading this module
+        from hf_lowbit.hf.delta_gbs import follow_config
+
         follow_config(model, self.quantization_config)
 
     def _refuse_packed_file(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -289,6 +291,8 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: Any) -> Any:
         _refuse_groups_on_disk(model)
+        from hf_lowbit.hf.delta_gbs import disable_delta_gbs
+
         disable_delta_gbs(model)
         dequantize_layers(model)
         withdraw_push(model)

@@ -404,9 +404,9 @@ def test_layers_by_name(name):
         skipped = places.reason_to_leave(name, (64, 64), DVDQuantConfig(modulation="skip"))
         assert skipped == ("modulation='skip'" if LAYERS[name] == WEIGHTS else None)
     assert places.reason_to_leave(name, (64, 64), DVDQuantConfig(layers="all")) is None
-    assert places.reason_to_leave(name, (64, 72), DVDQuantConfig(layers="all")) == (
-        "in_features 72 is not a multiple of 16"
-    )
+    misfit = "in_features 72 is not a multiple of 16"
+    assert places.cannot_take(name, (64, 72), DVDQuantConfig(layers="all")) == misfit
+    assert places.cannot_take(name, (64, 72), config) == (misfit if dense is None else None)
 
 
 class Toy(nn.Module):

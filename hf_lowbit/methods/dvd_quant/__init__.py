@@ -7,7 +7,7 @@ from typing import Any
 from hf_lowbit.formats import IntegerFormat
 from hf_lowbit.methods.dvd_quant.algorithm import quantize
 from hf_lowbit.methods.dvd_quant.options import DVDQuantConfig
-from hf_lowbit.methods.dvd_quant.places import reason_to_leave, rounds_activations
+from hf_lowbit.methods.dvd_quant.places import cannot_take, reason_to_leave, rounds_activations
 from hf_lowbit.registry import LinearUnit, Method, register
 
 __all__ = ["DVDQuantConfig"]
@@ -30,5 +30,6 @@ register(
         status="works: BGR, block and full rotation, four scales of activations, balance; W4A16 to W4A4",
         compress=_compress,
         leaves_dense=reason_to_leave,
+        cannot_take=cannot_take,
     )
 )

@@ -56,6 +56,11 @@ def reason_to_leave(name: str, shape: tuple[int, int], options: DVDQuantConfig) 
         return "outside the repeated blocks"
     if options.modulation == "skip" and is_modulation(name):
         return "modulation='skip'"
-    if shape[1] % COLUMNS:
+    return None
+
+
+def cannot_take(name: str, shape: tuple[int, int], options: DVDQuantConfig) -> str | None:
+    """Return why a layer that should be rounded cannot be, None if it can or should not; arguments as before."""
+    if shape[1] % COLUMNS and reason_to_leave(name, shape, options) is None:
         return f"in_features {shape[1]} is not a multiple of {COLUMNS}"
     return None
