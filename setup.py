@@ -13,8 +13,8 @@ LIBRARIES = {
         ("avx512.h", "binary.h", "expand.h", "half.h", "tile.h"),
     ),
     "_integer": (
-        ("integer_api", "integer_avx512", "integer_avx2", "integer_portable"),
-        ("avx512.h", "binary.h", "half.h", "integer.h", "integer_rows.h", "integer_x86.h"),
+        ("integer_api", "integer_avx512", "integer_avx2", "integer_portable", "integer_amx"),
+        ("avx512.h", "binary.h", "half.h", "integer.h", "integer_rows.h", "integer_transform.h", "integer_x86.h"),
     ),
     "_popcount": (
         ("popcount", "popcount_avx512", "popcount_avx2", "popcount_portable"),
