@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from benchmarks.common import read_results
+from benchmarks.common import RESULTS, read_results
 from benchmarks.tables import number, table
 
 RATIOS = ("0.8", "0.6", "0.4")
@@ -158,18 +159,27 @@ def ratios() -> str:
 
 def products() -> str:
     """Return times of single products."""
-    result = _part("products")
-    if result is None:
+    path = RESULTS / "kernels_low_rank.json"
+    if not path.exists():
         return NOT_YET
-    rows = []
+    result, rows = json.loads(path.read_text("utf-8")), []
     for case in result["cases"]:
-        times = case["microseconds"]
-        name = f"{case['rows']} × {case['columns']}, kept {case['ratio']} (rank {case['rank']}), {case['batch']}"
-        cells = [f"{times[way]:,.0f}" for way in ("op", "bare", "single", "dense")]
-        ratios = (times["op"] / times["bare"], times["bare"] / times["single"], times["dense"] / times["op"])
-        rows.append([name, *cells, *(f"{ratio:.2f}" for ratio in ratios)])
-    header = ["shape, tokens", "µs: op", "two bare products", "one of as many weights", "dense"]
-    return table([*header, "op / bare", "bare / one", "× dense"], rows)
+        times = {way: found[1] for way, found in case["microseconds"].items()}
+        held = "" if case["activations"] == case["factors"] else f" on {case['factors']}"
+        name = (
+            f"{case['rows']} × {case['columns']}, kept {case['ratio']}, {case['activations']}{held}, {case['batch']}"
+        )
+        ratios = (times["dense"] / times["ours"], times["two torch products"] / times["C++"])
+        rows.append(
+            [name, f"{times['ours']:,.0f}", case["kernel"]]
+            + [f"{times[way]:,.0f}" for way in ("C++", "two torch products", "dense")]
+            + [f"{ratio:.2f}" for ratio in ratios]
+            + [f"{case['floor_microseconds'] / times['ours']:.0%}"]
+        )
+    header = ["shape, dtype, tokens", "µs: a layer", "kernel", "C++", "two torch products", "dense"]
+    environment, rate = result["environment"], result["gigabytes_per_second"]
+    where = f"{environment['cpu']}, {environment['threads']} thread(s), memory read at {rate} GB/s"
+    return table([*header, "× dense", "torch / C++", "of byte floor"], rows) + f"\n\n{where}."
 
 
 def decode() -> str:

@@ -1,6 +1,6 @@
 """Quality and speed of AdaSVD on SmolLM2-135M: layers, perplexity at several ratios, decoding.
 
-    python -m benchmarks.quality.adasvd --part layers products decode   # some minutes on one core
+    python -m benchmarks.quality.adasvd --part layers decode            # some minutes on one core
     python -m benchmarks.quality.adasvd --part quick                    # perplexity, layers fitted to the dense model
     python -m benchmarks.quality.adasvd --part sequential               # perplexity of real runs, some minutes each
     python -m benchmarks.report                                         # renders the tables from the result files
@@ -22,20 +22,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import assets
 import hf_lowbit
-from benchmarks.common import read_results, write_result
+from benchmarks.common import calibration_sequences, read_results, write_result
 from benchmarks.quality.pbs2p import dense_statistics, manual
 from hf_lowbit import AdaSVDConfig, ARBConfig, PackedLinear, RunOptions, packed_modules, registry
 from hf_lowbit.calibration import capture
 from hf_lowbit.formats import LowRankFormat
 from hf_lowbit.methods.adasvd.options import rank_of, stays_dense
 from hf_lowbit.numerics import low_rank
-from hf_lowbit.report.bench import timed_in_turn
 from hf_lowbit.report.evaluate import perplexity
 
 RATIOS = (0.8, 0.6, 0.4)
@@ -63,6 +61,8 @@ SEQUENTIAL: dict[str, dict[str, Any]] = {
     "0.6, blocks, half way, adaCR": {"ratio": 0.6, **WAYS["blocks, half way"]},
     "0.6, layers, adaCR": {"ratio": 0.6, **WAYS["layers"]},
     "0.6, layers, half way, uniform": {"ratio": 0.6, "importance": "uniform"},
+    "0.4, layers, half way, uniform": {"ratio": 0.4, "importance": "uniform"},
+    "0.8, layers, half way, uniform": {"ratio": 0.8, "importance": "uniform"},
     **{
         f"{ratio}, blocks, {kind}": {"ratio": ratio, "importance": importance, **WAYS["blocks"]}
         for ratio in RATIOS
@@ -108,6 +108,99 @@ def layers() -> dict[str, Any]:
                 row[f"{title}, 1"], row[f"{title}, 15"] = (_relative(weight, moment, steps[i]) for i in (1, -1))
             found.setdefault(layer, {})[str(ratio)] = row
     return {"layers": found}
+
+
+def _error_share(weight: Tensor, moment: Tensor, factors: tuple[Tensor, Tensor]) -> float:
+    return round(_relative(weight, moment, factors), 6)
+
+
+def texts() -> dict[str, Any]:
+    """Return errors of plain and whitened truncation of the same layers by text: how far a text moves them."""
+    tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
+    windows = manual(128)[0]
+    kinds = {
+        "manual, 32 evenly spaced": manual(32)[0],
+        "manual, 32 of its first quarter": windows[:32],
+        "manual, 32 of its last quarter": windows[-32:],
+        "Wikipedia": calibration_sequences(tokenizer, 32, 512),
+    }
+    model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.float32)
+    found: dict[str, Any] = {}
+    for kind, tokens in kinds.items():
+        stats, _ = dense_statistics(model, tokens, [15, 28])
+        for layer in LAYERS:
+            name = f"model.layers.{layer}"
+            weight, moment = (
+                model.get_submodule(name).weight.detach().double(),
+                stats[name].second_moment(torch.float64),
+            )
+            starts = {
+                start: low_rank.leading_outputs(weight, moment if start == "whitened" else None)
+                for start in ("plain", "whitened")
+            }
+            for ratio in RATIOS:
+                rank = rank_of((weight.shape[0], weight.shape[1]), ratio)
+                for start, outputs in starts.items():
+                    error = _error_share(weight, moment, _pair(outputs, weight, rank))
+                    found.setdefault(f"{layer}, {ratio}, {start}", {})[kind] = error
+    return {"errors": found}
+
+
+# sequences of 512 tokens that factors are fitted to
+SIZES = (2, 8, 32)
+
+
+def guard() -> dict[str, Any]:
+    """Return errors on tokens that were not calibrated on, of what a run keeps and of the other candidates.
+
+    A run keeps the candidate with the least error on the calibration tokens, which is whitened truncation. A guard
+    would hold out a tenth of the sequences, at least one, and keep the candidate with the least error there.
+    """
+    model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.float32)
+    windows = manual(64)[0]
+    calibration, others = windows[::2], windows[1::2]
+    measured, _ = dense_statistics(model, others, [15, 28])
+    found: dict[str, Any] = {}
+    for size in SIZES:
+        chosen = calibration[torch.linspace(0, 31, size).long()]
+        held = max(1, size // 10)
+        parts = (chosen, chosen[:-held], chosen[-held:])
+        whole, most, tenth = (dense_statistics(model, tokens, [15, 28])[0] for tokens in parts)
+        for layer in LAYERS:
+            name = f"model.layers.{layer}"
+            weight, test = (
+                model.get_submodule(name).weight.detach().double(),
+                measured[name].second_moment(torch.float64),
+            )
+            for ratio in RATIOS:
+                rank = rank_of((weight.shape[0], weight.shape[1]), ratio)
+                candidates = _candidates(weight, whole[name], rank)
+                guarded = _candidates(weight, most[name], rank)
+                judge = tenth[name].second_moment(torch.float64)
+                best = min(guarded, key=lambda title: _relative(weight, judge, guarded[title]))
+                found[f"{layer}, {ratio}, {size}"] = {
+                    **{title: _error_share(weight, test, pair) for title, pair in candidates.items()},
+                    "guarded": _error_share(weight, test, guarded[best]),
+                    "guard chose": best,
+                }
+    return {"errors": found}
+
+
+def _candidates(weight: Tensor, stats: Any, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the factors among which a guard could choose, fitted as a run fits them."""
+    moment = stats.second_moment(torch.float64)
+    if stats.tokens < len(moment):
+        moment = moment + AdaSVDConfig().damping * moment.diagonal().mean() * torch.eye(
+            len(moment), dtype=moment.dtype
+        )
+    plain = low_rank.truncate(weight, None, rank)
+    steps = list(low_rank.alternate(weight, moment, *plain, 3))
+    return {
+        "plain": plain,
+        "plain, 1 round": steps[1],
+        "plain, 3 rounds": steps[-1],
+        "whitened": low_rank.truncate(weight, moment, rank),
+    }
 
 
 def _ratios(model: Any, cosines: dict[str, float], ratio: float, importance: str) -> dict[str, float]:
@@ -216,41 +309,6 @@ def _random_layer(dense: nn.Linear, ratio: float) -> PackedLinear:
     return PackedLinear(LowRankFormat.pack(0.02 * up, 0.02 * down, torch.bfloat16), None, torch.bfloat16)
 
 
-def products() -> dict[str, Any]:
-    """Return times of one product in bfloat16: the op, its two products bare, one of as many weights, the dense one.
-
-    What a fused kernel could gain at most is the difference between two products and one that reads as much. Weights
-    are many, so that each comes from memory, as in a model.
-    """
-    rows = []
-    for n, m, ratio in ((576, 576, 0.4), (1536, 576, 0.4), (4096, 4096, 0.4), (4096, 4096, 0.8)):
-        copies = max(2, 2**28 // (2 * n * m))
-        dense = [torch.randn(n, m).bfloat16() for _ in range(copies)]
-        rank = rank_of((n, m), ratio)
-        packed = [
-            LowRankFormat.pack(torch.randn(n, rank), torch.randn(rank, m), torch.bfloat16) for _ in range(copies)
-        ]
-        single = [torch.randn(round(rank * (n + m) / m), m).bfloat16() for _ in range(copies)]
-        for batch in (1, 128):
-            x = torch.randn(batch, m).bfloat16()
-            ways: dict[str, Callable[[int], Any]] = {
-                "op": lambda turn, x=x, p=packed: p[turn % len(p)].linear(x, None),
-                # other copies than the op has just read
-                "bare": lambda turn, x=x, p=packed[::-1]: linear(
-                    linear(x, p[turn % len(p)].down), p[turn % len(p)].up
-                ),
-                "single": lambda turn, x=x, s=single: linear(x, s[turn % len(s)]),
-                "dense": lambda turn, x=x, d=dense: linear(x, d[turn % len(d)]),
-            }
-            times = timed_in_turn(ways, 3.0)
-            medians = {way: 1e6 * statistics.median(found) for way, found in times.items()}
-            rows.append(
-                {"rows": n, "columns": m, "ratio": ratio, "rank": rank, "batch": batch, "microseconds": medians}
-            )
-            print(rows[-1], flush=True)
-    return {"cases": rows}
-
-
 def decode(tokens: int = 24, turns: int = 5) -> dict[str, Any]:
     """Return the speed of greedy decoding with low-rank layers and dense ones, in turn; the values do not matter."""
     dense = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.bfloat16)
@@ -277,7 +335,8 @@ def decode(tokens: int = 24, turns: int = 5) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "layers": layers,
-    "products": products,
+    "texts": texts,
+    "guard": guard,
     "decode": decode,
     "quick": quick,
 }

@@ -71,7 +71,8 @@ def shape_of(rows: int, rank: int, tokens: int, cores: int, dtype: torch.dtype) 
     block_r = 16 if tokens <= 4 else 32 if wide else 2 * block_m  # 64 in float32 do not fit into registers
     tiles = -(-rank // block_r) * -(-tokens // block_m)
     shares = max(1, min(-(-cores * PROGRAMS_PER_CORE // tiles), -(-rows // 256), 8))
-    return Shape(block_r, 64 if wide else 128, 64 if wide else 128, block_m, shares)
+    stages = 4 if tokens <= 4 else 3  # 64 KB of shared memory are all that an MI300 has
+    return Shape(block_r, 64 if wide else 128, 64 if wide else 128, block_m, shares, num_stages=stages)
 
 
 def unsupported(dtype: torch.dtype, up: Tensor, down: Tensor) -> str | None:
