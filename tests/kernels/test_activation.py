@@ -189,7 +189,8 @@ def test_nan_and_infinity_are_handed_on(mode, bad):
     if mode.startswith("channel"):
         assert torch.isnan(others).all()
     else:
-        assert torch.equal(others, layer(x[[0, 2, 3]]))
+        # a kernel that counts in integers leaves the whole call to another one
+        torch.testing.assert_close(others, layer(x[[0, 2, 3]]), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", ("none", *SCALE_MODES))

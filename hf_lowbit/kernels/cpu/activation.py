@@ -1,9 +1,10 @@
 """Products with an ``integer`` weight of activations that are rounded to integers, on a processor.
 
-Two calls of the compiled library: rows are divided, rotated by sums and differences and rounded, all in one pass over a
-token; then codes are multiplied by codes, with AMX for many tokens and else as :mod:`hf_lowbit.kernels.cpu.integer`
-does. Sums within a scale are exact, so results differ from the definition by the order of a sum in float32, and where a
-rotated value lies so close to the middle between two codes that the last digit of float32 decides.
+Two calls of the compiled library: rows are divided, rotated by sums and differences and rounded, all in one pass over
+a token; then codes are multiplied by codes, with AMX for many tokens and else as
+:mod:`hf_lowbit.kernels.cpu.integer` does. Sums within a scale are exact, so results differ from the definition by the
+order of a sum in float32, and where a rotated value lies so close to the middle between two codes that the last digit
+of float32 decides.
 """
 
 from __future__ import annotations
