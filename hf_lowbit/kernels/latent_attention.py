@@ -134,10 +134,27 @@ def _reference(case: Case) -> tuple[Tensor, Tensor]:
     return out.flatten(1, 2).to(q.dtype), lse.to(dtype)
 
 
+def _triton_why_not(case: Case) -> str | None:
+    if case.q.device.type != "cuda":  # ROCm devices are called so, too
+        return f"tensors on {case.q.device.type}"
+    try:  # not before a GPU needs it: Triton exists for Linux only
+        from hf_lowbit.kernels.triton import latent as on_gpu
+    except ImportError as error:
+        return f"Triton cannot be imported ({type(error).__name__})"
+    return on_gpu.why_not(case)
+
+
+def _triton_decode(case: Case) -> tuple[Tensor, Tensor]:
+    from hf_lowbit.kernels.triton import latent as on_gpu
+
+    return on_gpu.decode(case)
+
+
 # A case is a Case; the product of a kernel is ``(outputs, logarithms of the soft-max' sums)``.
 TABLE = Table(
     Kernel("cpu", "C++ in bfloat16, keys rebuilt and rotated in the first cache", cpu.why_not, cpu.decode),
     Kernel("torch", "torch in bfloat16, keys are not rebuilt", latent_torch.why_not, latent_torch.decode),
+    Kernel("triton", "Triton, keys never leave registers, not yet timed on a GPU", _triton_why_not, _triton_decode),
     Kernel("reference", "plain torch in float32, rebuilds the keys in every call", lambda _: None, _reference),
 )
 choose, reasons = TABLE.choose, TABLE.reasons

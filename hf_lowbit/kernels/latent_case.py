@@ -57,3 +57,14 @@ class Case(NamedTuple):
     def rotated_pairs(self) -> int:
         """How many pairs of a key's coordinates are rotated."""
         return 0 if self.inv_freq is None else self.inv_freq.numel()
+
+
+def pairs_of(head_dim: int, half: int) -> tuple[list[int], list[int]]:
+    """Return first and second coordinate of each pair of a key's, for kernels that turn all of them alike.
+
+    Pairs that are rotated come first; what is not rotated makes pairs, too (of frequency 0), the last of which may lack
+    its second, which is -1 then.
+    """
+    rest = list(range(2 * half, head_dim))
+    more = -(-len(rest) // 2)
+    return [*range(half), *rest[:more]], [*range(half, 2 * half), *rest[more:], *([-1] * (len(rest) % 2))]

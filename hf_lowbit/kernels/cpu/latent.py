@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.kernels.cpu.library import DTYPES, open_library
-from hf_lowbit.kernels.latent_case import Case
+from hf_lowbit.kernels.latent_case import Case, pairs_of
 
 ABI = 1
 ISAS = ("none", "AVX-512 BF16", "AMX")
@@ -143,16 +143,10 @@ class Prepared:
 
 
 def _places(head_dim: int, half: int) -> Tensor:
-    """Return for each row of the library's pairs the coordinate that it is, -1 for none.
-
-    Pairs that are rotated come first; what is not rotated makes pairs, too. All are filled up to a multiple of 16.
-    """
-    rest = torch.arange(2 * half, head_dim)
-    more = -(-len(rest) // 2)
-    first = torch.cat([torch.arange(half), rest[:more]])
-    second = torch.cat([torch.arange(half, 2 * half), rest[more:]])
-    size = -(-max(len(first), 1) // _PAIRS) * _PAIRS
-    return torch.cat([torch.nn.functional.pad(part, (0, size - len(part)), value=-1) for part in (first, second)])
+    """Return for each row of the library's pairs the coordinate that it is, -1 for none; filled up to 16 pairs."""
+    first, second = pairs_of(head_dim, half)
+    missing = [-1] * (-len(first) % _PAIRS)
+    return torch.tensor([*first, *missing, *second, *missing])
 
 
 # Prepared cases by the keys' factor, as long as that lives: its id, checked against a weak reference.
