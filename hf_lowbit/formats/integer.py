@@ -48,8 +48,10 @@ from hf_lowbit.kernels.activation import (
     range_step,
     untransform,
 )
+from hf_lowbit.kernels.activation import TABLE as ACTIVATION_KERNELS
 from hf_lowbit.kernels.hadamard import core_of
 from hf_lowbit.kernels.integer import BITS, code_bytes, integer_linear, pack_codes, unpack_codes
+from hf_lowbit.kernels.integer import TABLE as KERNELS
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -299,6 +301,14 @@ class IntegerFormat(Format):
         if spec.activation == "none" and not spec.rotation and not spec.smooth:
             return integer_linear(x, self.packed, *self._grid(), bias, self._sizes)
         return self._product(x, bias, spec.act_bits)
+
+    def kernel_reasons(self, dtype: torch.dtype, device: str) -> dict[str, str]:
+        """Return for every kernel why it multiplies inputs of a dtype on a kind of device, or does not."""
+        spec, parts = self.spec, (self.packed, *self._grid())
+        if spec.activation == "none" and not spec.rotation and not spec.smooth:
+            return KERNELS.reasons(dtype, device, parts, self._sizes)
+        sizes = Sizes(*self._sizes, spec.rotation, spec.activation, spec.act_bits, spec.act_group_size)
+        return ACTIVATION_KERNELS.reasons(dtype, device, parts, sizes)
 
     def linear_at(self, x: Tensor, bias: Tensor | None, act_bits: int) -> Tensor:
         """Return what :meth:`linear` does, with activations of ``act_bits``: 2 to 8, or 16 for not rounded.

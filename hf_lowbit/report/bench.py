@@ -13,7 +13,17 @@ import torch
 from rich.table import Table
 
 from hf_lowbit.compress.headers import packed_layer_spec
-from hf_lowbit.formats import FORMATS, BinaryFormat, BinarySpec, Format, IntegerSpec, LowRankFormat, LowRankSpec, Spec
+from hf_lowbit.formats import (
+    FORMATS,
+    BinaryFormat,
+    BinarySpec,
+    Format,
+    IntegerFormat,
+    IntegerSpec,
+    LowRankFormat,
+    LowRankSpec,
+    Spec,
+)
 from hf_lowbit.formats.low_rank import FACTOR_DTYPES, FACTORS, INNER
 from hf_lowbit.kernels import dispatch, low_rank
 from hf_lowbit.report.inspect import inspect
@@ -86,9 +96,9 @@ def kernels_of(spec: Spec, dtype: torch.dtype, device: str) -> dict[str, str]:
     if isinstance(spec, BinarySpec):
         return dispatch.reasons(dtype, device, *BinaryFormat.empty(spec).call_arguments())
     inner = (spec.up, spec.down) if isinstance(spec, LowRankSpec) else (spec,)
-    if any(isinstance(one, IntegerSpec) for one in inner):
-        return {"reference": "runs: no kernel multiplies packed integers yet; the weight is rebuilt in every call"}
-    if any(isinstance(one, BinarySpec) for one in inner):
+    if isinstance(spec, IntegerSpec):
+        return IntegerFormat.empty(spec).kernel_reasons(dtype, device)
+    if any(isinstance(one, BinarySpec | IntegerSpec) for one in inner):
         return {"as the factors": "each factor runs as a layer of its own form"}
     if isinstance(spec, LowRankSpec):
         held = FACTOR_DTYPES[spec.dtype]
