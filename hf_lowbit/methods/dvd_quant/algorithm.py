@@ -242,6 +242,28 @@ def rotation_of(columns: int, options: DVDQuantConfig) -> int:
     return turning.block_order(columns, options.rotation_block)
 
 
+def spec_of(shape: tuple[int, int], options: DVDQuantConfig, activations: bool = True) -> IntegerSpec:
+    """Return how a layer is stored, which follows from its shape (n, m) and the options alone."""
+    rows, columns = shape
+    order = rotation_of(columns, options)
+    rounded = activations and options.stored_act_bits <= 8
+    grouped = rounded and options.act_scale == "token_group"
+    return IntegerSpec(
+        out_features=rows,
+        in_features=columns,
+        bits=options.w_bits,
+        group_size=options.columns_per_scale,
+        symmetric=options.weight_init == "absmax",
+        scale_dtype=options.scale_dtype,
+        rotation=order,
+        rotation_signs=order > 0 and options.rotation_signs_seed is not None,
+        smooth=options.balance == "weight_columns" and options.beta > 0,
+        activation=options.act_scale if rounded else "none",
+        act_bits=options.stored_act_bits if rounded else 8,
+        act_group_size=options.act_group_size if grouped else 0,
+    )
+
+
 def quantize(weight: Tensor, options: DVDQuantConfig, where: str, activations: bool = True) -> IntegerFormat:
     """Quantize the weight of a linear layer.
 
@@ -260,31 +282,13 @@ def quantize(weight: Tensor, options: DVDQuantConfig, where: str, activations: b
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{where}: weight holds NaN or infinity")
     rows, dtype = weight.detach().float(), SCALE_DTYPES[options.scale_dtype]
-    columns = rows.shape[1]
-    order, smooth, signs = rotation_of(columns, options), None, None
-    if options.balance == "weight_columns" and options.beta > 0:
+    spec = spec_of((rows.shape[0], rows.shape[1]), options, activations)
+    smooth = signs = None
+    if spec.smooth:
         smooth = column_balance(rows, options.beta).to(dtype)
         rows = rows * smooth.float()
-    if order and options.rotation_signs_seed is not None:
-        signs = turning.random_signs(columns, options.rotation_signs_seed).to(rows.device)
+    if spec.rotation_signs and options.rotation_signs_seed is not None:
+        signs = turning.random_signs(spec.in_features, options.rotation_signs_seed).to(rows.device)
         rows = rows * signs.float()
-    rows = turning.rotate(rows, order)
-    search = Search.of(options)
-    found = fit(rows, options.columns_per_scale, search, where)
-    bits = options.stored_act_bits
-    rounded = activations and bits <= 8
-    spec = IntegerSpec(
-        out_features=rows.shape[0],
-        in_features=columns,
-        bits=options.w_bits,
-        group_size=options.columns_per_scale,
-        symmetric=search.symmetric,
-        scale_dtype=options.scale_dtype,
-        rotation=order,
-        rotation_signs=signs is not None,
-        smooth=smooth is not None,
-        activation=options.act_scale if rounded else "none",
-        act_bits=bits if rounded else 8,
-        act_group_size=options.act_group_size if rounded and options.act_scale == "token_group" else 0,
-    )
+    found = fit(turning.rotate(rows, spec.rotation), spec.group_size, Search.of(options), where)
     return IntegerFormat.pack(spec, found.codes, found.scale, found.zero, smooth, signs)
