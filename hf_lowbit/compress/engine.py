@@ -33,6 +33,7 @@ from hf_lowbit.compress.measures import StackMeasures
 from hf_lowbit.compress.outcome import RunReport, finished_config, relative_errors
 from hf_lowbit.compress.planning import plan_stack
 from hf_lowbit.compress.projections import is_for_attention, projection_of
+from hf_lowbit.compress.runtime import attach_runtime
 from hf_lowbit.compress.source import CheckpointSource
 from hf_lowbit.compress.targets import plan_run
 from hf_lowbit.compress.team import Team
@@ -370,6 +371,7 @@ class Run:
                 for stack in self.stacks:
                     self.block_by_block(stack)
                 self.without_data([name for name in self.targets.methods if name not in self.rows])
+                attach_runtime(self.model, self.config)
         finally:
             if self.bar is not None:
                 self.bar.close()

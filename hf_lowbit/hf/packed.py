@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lowbit import registry
 from hf_lowbit.compress import CheckpointSource
 from hf_lowbit.compress.checksums import problems_on_load
 from hf_lowbit.compress.headers import TensorHeader, compare, packed_layer_spec, read_headers, unlisted
@@ -25,7 +24,6 @@ from hf_lowbit.errors import CheckpointError
 from hf_lowbit.experts import expert_lists, fused_name, fused_parameters, is_supported, put_together, take_apart
 from hf_lowbit.hf.convs import CONV_FORMATS, place_empty
 from hf_lowbit.layers import DENSE_TYPES, PackedLinear, features, packed_modules
-from hf_lowbit.recipe import rules_of
 
 _verifying = contextvars.ContextVar("hf_lowbit_verifying", default=True)
 
@@ -113,22 +111,6 @@ def build_skeleton(model: Any, table: Mapping[str, Any], files: Iterable[str]) -
             problems.append(str(error))
     raise_first(problems + unlisted(table, headers) + _size_problems(model, headers))
     return headers
-
-
-def attach_runtime(model: Any, config: LowBitConfig) -> None:
-    """Let the methods of a packed model prepare what else is stored beside its layers; works on ``meta``."""
-    for _, rule in rules_of(config):
-        method = registry.get(rule.method)
-        if method.attach is not None and method.detach is not None:
-            method.attach(model, rule)
-
-
-def detach_runtime(model: Any, config: LowBitConfig) -> None:
-    """Take away what :func:`attach_runtime` has prepared, where layers are dense again."""
-    for _, rule in rules_of(config):
-        method = registry.get(rule.method)
-        if method.detach is not None:
-            method.detach(model)
 
 
 def verify_files(files: Iterable[str], config: LowBitConfig, way: str) -> None:

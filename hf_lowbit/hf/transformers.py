@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from hf_lowbit.compress import Intake, Run, RunReport, compress_model
 from hf_lowbit.compress.engine import check_calibration
 from hf_lowbit.compress.headers import names_metadata
+from hf_lowbit.compress.runtime import attach_runtime, detach_runtime
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig, calibration_kind
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.hf.convs import (
@@ -34,13 +35,11 @@ from hf_lowbit.hf.convs import (
 )
 from hf_lowbit.hf.latent import attach_cache, detach_cache, prepare_cache, split_listed
 from hf_lowbit.hf.packed import (
-    attach_runtime,
     build_skeleton,
     check_stored_config,
     check_values,
     dense_source,
     dequantize_layers,
-    detach_runtime,
     name_in,
     safetensors_of,
     verify_files,

@@ -32,7 +32,7 @@ def attach(model: nn.Module, options: CondiQuantConfig) -> dict[str, attention.A
         options: of the run that packed them.
 
     Returns:
-        The grids by name of the module, still to be filled where they are stored.
+        The grids by name of the module, still to be filled where they are stored and the module had none yet.
     """
     found: dict[str, attention.AttentionGrids] = {}
     if not options.quantize_attention or options.act_mode == "none":
@@ -40,7 +40,9 @@ def attach(model: nn.Module, options: CondiQuantConfig) -> dict[str, attention.A
     for name, module in list(model.named_modules()):
         known = isinstance(module, attention.QuantizedAttention) or attention.is_known(module)
         if known and all(_rounds(module._modules.get(part)) for part in attention.PARTS[:3]):
-            found[name] = attention.convert(module, options.act_bits, options.act_mode == "static")
+            own = module._modules.get(attention.CHILD)
+            ready = isinstance(own, attention.AttentionGrids)
+            found[name] = own if ready else attention.convert(module, options.act_bits, options.act_mode == "static")
     return found
 
 
