@@ -144,6 +144,73 @@ def layers() -> str:
     return table([*header, "adaComp from whitened, × whitened"], rows)
 
 
+def texts() -> str:
+    """Return how far the errors of layers are from those known, by text: plain and whitened truncation."""
+    result, own = _part("guard"), _part("layers")
+    if result is None or own is None:
+        return NOT_YET
+    errors, rows = result["by_text"], []
+    for layer, by_ratio in own["layers"].items():
+        for ratio, row in by_ratio.items():
+            for start in ("plain", "whitened"):
+                case = f"{layer}, {ratio}, {start}"
+                errors[case] = {"windows of the table above": row[start], **errors[case]}
+    kinds = list(next(iter(errors.values())))
+    for layer, known in KNOWN_LAYERS.items():
+        for ratio, (plain, whitened, *_) in zip(RATIOS, known, strict=False):
+            pairs = [
+                (errors[f"{layer}, {ratio}, {start}"], k) for start, k in (("plain", plain), ("whitened", whitened))
+            ]
+            cells = [", ".join(f"{found[kind] / k - 1:+.1%}" for found, k in pairs) for kind in kinds]
+            rows.append([f"{layer}, {ratio}", f"{plain:.5f}, {whitened:.5f}", *cells])
+    return table(["layer, kept", "known: plain, whitened", *kinds], rows)
+
+
+def guard() -> str:
+    """Return errors on tokens that were not calibrated on, and what holding some out to choose by would change."""
+    result = _part("guard")
+    if result is None:
+        return NOT_YET
+    errors = result["errors"]
+    titles = ("plain", "plain, 1 round", "plain, 3 rounds", "whitened", "guarded")
+    rows = []
+    for case, found in errors.items():
+        layer, ratio, size = case.split(", ")
+        if ratio == "0.6":
+            cells = [f"{found[title]:.5f}" for title in titles]
+            rows.append([f"{layer}, {size} × 512", *cells, found["guard chose"]])
+    header = ["kept 0.6, calibrated on", *titles[:3], "whitened (what a run keeps)", "with a guard", "which chose"]
+    changes = sorted(found["guarded"] / found["whitened"] - 1 for found in errors.values())
+    other = sum(found["guard chose"] != "whitened" for found in errors.values())
+    worse = sum(min(found[title] for title in titles[:3]) < found["whitened"] for found in errors.values())
+    return table(header, rows) + (
+        f"\n\nOf {len(errors)} cases (three ratios) another candidate than the one kept is better on those tokens in "
+        f"{worse}, and a guard chooses another in {other}. What it holds out is lost to the fit: errors change by "
+        f"{changes[0]:+.1%} to {changes[-1]:+.1%}, in the median {changes[len(changes) // 2]:+.1%}."
+    )
+
+
+def adapters() -> str:
+    """Return perplexities with and without an adapter of what was left out."""
+    result = _part("adapters")
+    if result is None:
+        return NOT_YET
+    numbers, rank = result["numbers"], result["rank"]
+    base, more = numbers["base"] / numbers["dense"], (numbers["base"] + numbers["adapter"]) / numbers["dense"]
+    titles = {
+        "dense": ("dense", 1.0, None),
+        "without an adapter": (f"factors, kept {result['ratio']}", base, None),
+        "adapter by outputs": (f"the same, adapter of rank {rank}, fitted to outputs (`--data`)", more, "outputs"),
+        "adapter by weights": (f"the same, adapter of rank {rank}, fitted to weights", more, "weights"),
+        "larger factors": (f"factors of a rank higher by {rank}, no adapter", more, None),
+    }
+    rows = []
+    for key, (title, share, left) in titles.items():
+        lost = "–" if left is None else f"{result['left'][left]:.1%} of the {left}"
+        rows.append([title, f"{share:.1%}", number(result["perplexity"][key], 1), lost])
+    return table(["model", "numbers kept", "perplexity", "still lost of what was lost"], rows)
+
+
 def ratios() -> str:
     """Return the ratios that adaCR gives the blocks, drawn as bars."""
     result = _part("quick")
@@ -200,6 +267,9 @@ TABLES = {
     "adasvd-budget": budget,
     "adasvd-held": held,
     "adasvd-layers": layers,
+    "adasvd-texts": texts,
+    "adasvd-guard": guard,
+    "adasvd-adapters": adapters,
     "adasvd-ratios": ratios,
     "adasvd-products": products,
     "adasvd-decode": decode,

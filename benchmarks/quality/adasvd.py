@@ -1,6 +1,7 @@
 """Quality and speed of AdaSVD on SmolLM2-135M: layers, perplexity at several ratios, decoding.
 
-    python -m benchmarks.quality.adasvd --part layers decode            # some minutes on one core
+    python -m benchmarks.quality.adasvd --part layers decode guard      # some minutes each on one core
+    python -m benchmarks.quality.adasvd --part adapters                 # what an adapter of the remainder takes back
     python -m benchmarks.quality.adasvd --part quick                    # perplexity, layers fitted to the dense model
     python -m benchmarks.quality.adasvd --part sequential               # perplexity of real runs, some minutes each
     python -m benchmarks.report                                         # renders the tables from the result files
@@ -16,11 +17,14 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,6 +36,7 @@ from benchmarks.quality.pbs2p import dense_statistics, manual
 from hf_lowbit import AdaSVDConfig, ARBConfig, PackedLinear, RunOptions, packed_modules, registry
 from hf_lowbit.calibration import capture
 from hf_lowbit.formats import LowRankFormat
+from hf_lowbit.hf.adapter import dense_weights, save_remainder
 from hf_lowbit.methods.adasvd.options import rank_of, stays_dense
 from hf_lowbit.numerics import low_rank
 from hf_lowbit.report.evaluate import perplexity
@@ -114,38 +119,6 @@ def _error_share(weight: Tensor, moment: Tensor, factors: tuple[Tensor, Tensor])
     return round(_relative(weight, moment, factors), 6)
 
 
-def texts() -> dict[str, Any]:
-    """Return errors of plain and whitened truncation of the same layers by text: how far a text moves them."""
-    tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
-    windows = manual(128)[0]
-    kinds = {
-        "manual, 32 evenly spaced": manual(32)[0],
-        "manual, 32 of its first quarter": windows[:32],
-        "manual, 32 of its last quarter": windows[-32:],
-        "Wikipedia": calibration_sequences(tokenizer, 32, 512),
-    }
-    model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.float32)
-    found: dict[str, Any] = {}
-    for kind, tokens in kinds.items():
-        stats, _ = dense_statistics(model, tokens, [15, 28])
-        for layer in LAYERS:
-            name = f"model.layers.{layer}"
-            weight, moment = (
-                model.get_submodule(name).weight.detach().double(),
-                stats[name].second_moment(torch.float64),
-            )
-            starts = {
-                start: low_rank.leading_outputs(weight, moment if start == "whitened" else None)
-                for start in ("plain", "whitened")
-            }
-            for ratio in RATIOS:
-                rank = rank_of((weight.shape[0], weight.shape[1]), ratio)
-                for start, outputs in starts.items():
-                    error = _error_share(weight, moment, _pair(outputs, weight, rank))
-                    found.setdefault(f"{layer}, {ratio}, {start}", {})[kind] = error
-    return {"errors": found}
-
-
 # sequences of 512 tokens that factors are fitted to
 SIZES = (2, 8, 32)
 
@@ -155,11 +128,25 @@ def guard() -> dict[str, Any]:
 
     A run keeps the candidate with the least error on the calibration tokens, which is whitened truncation. A guard
     would hold out a tenth of the sequences, at least one, and keep the candidate with the least error there.
+    Beside it, how far the text alone moves the errors of ``layers``.
     """
-    model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=torch.bfloat16)
     windows = manual(64)[0]
     calibration, others = windows[::2], windows[1::2]
     measured, _ = dense_statistics(model, others, [15, 28])
+    wikipedia = calibration_sequences(AutoTokenizer.from_pretrained(assets.smollm2()), 32, 512)
+    by_text = {"other windows of the manual": measured, "Wikipedia": dense_statistics(model, wikipedia, [15, 28])[0]}
+    moved: dict[str, Any] = {}
+    for kind, stats in by_text.items():
+        for layer in LAYERS:
+            name = f"model.layers.{layer}"
+            weight = model.get_submodule(name).weight.detach().double()
+            moment = stats[name].second_moment(torch.float64)
+            for start, metric in (("plain", None), ("whitened", moment)):
+                outputs = low_rank.leading_outputs(weight, metric)
+                for ratio in RATIOS:
+                    pair = _pair(outputs, weight, rank_of((weight.shape[0], weight.shape[1]), ratio))
+                    moved.setdefault(f"{layer}, {ratio}, {start}", {})[kind] = _error_share(weight, moment, pair)
     found: dict[str, Any] = {}
     for size in SIZES:
         chosen = calibration[torch.linspace(0, 31, size).long()]
@@ -183,7 +170,7 @@ def guard() -> dict[str, Any]:
                     "guarded": _error_share(weight, test, guarded[best]),
                     "guard chose": best,
                 }
-    return {"errors": found}
+    return {"errors": found, "by_text": moved}
 
 
 def _candidates(weight: Tensor, stats: Any, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -303,6 +290,45 @@ def _more(samples: int, heldout: Tensor) -> Tensor:
     return torch.stack([row for row in windows if tuple(row.tolist()) not in taken][::2][:samples])
 
 
+def adapters(samples: int = 16, rank: int = 16) -> dict[str, Any]:
+    """Return perplexity of a model with and without an adapter of what it lost, and of a larger one without.
+
+    Layers are fitted to the inputs of the dense model, as in ``quick``, and aim at their own outputs: what an adapter
+    of the remainder is for.
+    """
+    calibration, heldout = manual(32)
+    tokens = calibration[torch.linspace(0, 31, samples).long()]
+    path = assets.smollm2()
+    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    stats, _ = dense_statistics(dense, tokens, list(range(len(dense.model.layers))))
+    base, larger = copy.deepcopy(dense), copy.deepcopy(dense)
+    numbers = {"base": 0, "adapter": 0, "dense": 0}
+    for name, own in tqdm(stats.items(), desc="layers", unit="layer"):
+        linear = dense.get_submodule(name)
+        weight = linear.weight.detach().double()
+        outputs = low_rank.leading_outputs(weight, own.second_moment(torch.float64))
+        kept = rank_of((weight.shape[0], weight.shape[1]), 0.6)
+        for model, held in ((base, kept), (larger, kept + rank)):
+            packed = LowRankFormat.pack(*low_rank.balance(*_pair(outputs, weight, held)), torch.bfloat16)
+            model.set_submodule(name, PackedLinear(packed, None, torch.bfloat16))
+        numbers["base"] += kept * sum(weight.shape)
+        numbers["adapter"] += rank * sum(weight.shape)
+        numbers["dense"] += weight.numel()
+    found: dict[str, Any] = {"numbers": numbers, "rank": rank, "ratio": 0.6, "perplexity": {}, "left": {}}
+    found["perplexity"]["dense"] = perplexity(dense, heldout, 4)
+    found["perplexity"]["without an adapter"] = perplexity(base, heldout, 4)
+    found["perplexity"]["larger factors"] = perplexity(larger, heldout, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, given in (("outputs", tokens), ("weights", None)):
+            place = Path(folder) / kind
+            left = save_remainder(base, dense_weights(path, base.base_model_prefix), place, rank, given)
+            found["left"][kind] = statistics.mean(left.values())
+            with_adapter = PeftModel.from_pretrained(base, place)
+            found["perplexity"][f"adapter by {kind}"] = perplexity(with_adapter, heldout, 4)
+            base = with_adapter.unload()
+    return found
+
+
 def _random_layer(dense: nn.Linear, ratio: float) -> PackedLinear:
     rank = rank_of((dense.out_features, dense.in_features), ratio)
     up, down = torch.randn(dense.out_features, rank), torch.randn(rank, dense.in_features)
@@ -335,8 +361,8 @@ def decode(tokens: int = 24, turns: int = 5) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "layers": layers,
-    "texts": texts,
     "guard": guard,
+    "adapters": adapters,
     "decode": decode,
     "quick": quick,
 }
