@@ -28,7 +28,7 @@ def _text(width, batch=1, length=4):
 def wan(layers=3):
     torch.manual_seed(0)
     model = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=16, ffn_dim=32, in_channels=4,
+        num_attention_heads=2, attention_head_dim=16, text_dim=16, freq_dim=16, ffn_dim=32, in_channels=4,
         out_channels=4, num_layers=layers, rope_max_seq_len=32,
     )  # fmt: skip
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()

@@ -70,7 +70,7 @@ ATTENTION: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
-# methods of unit "pipeline", which compress no weights; their contract is in tests/hf/test_quantcache.py
+# methods of unit "pipeline", which compress no weights; their contract is in tests/hf/test_quantcache_pipelines.py
 PIPELINE = {"quantcache"}
 
 # methods of unit "conv2d", which are trained; their contract is in tests/hf/test_convs.py

@@ -122,7 +122,9 @@ class QuantCacheConfig(LowBitConfig):
     motion: str = option("none", "how motion between frames enters D", choices=MOTIONS)
     num_frames: int | None = option(None, "frames of the latent after patching, for motion", check=_count(2))
     extrapolation: int = option(
-        0, "0 reuses the last residual; 1 or 2 continues a line or parabola through the last ones", choices=(0, 1, 2)
+        1,
+        "1 or 2 continues a line or parabola through the last residuals, 0 reuses the last (paper)",
+        choices=(0, 1, 2),
     )
     warmup: int = option(2, "steps that are computed first", low=1)
     tail: int = option(1, "steps that are computed last", low=0)
