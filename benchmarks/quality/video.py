@@ -13,13 +13,15 @@ Writes ``benchmarks/results/quality_video/<part>.json``:
 * ``weights``: squared error of the trained weights for each way to find grids, rotated or not.
 * ``size``: bytes of a transformer of Wan2.1-1.3B's shape, counted from its shapes alone, without weights.
 
-The seeds of the noise and of the random schedules are fixed; the plain-torch form of the op is used, so that no fast
-kernel takes part. Two noises of the float model itself are as far apart as the figure called "other noise" says.
+The seeds of the noise and of the random schedules are fixed. Kernels differ in the order of sums, by which codes flip;
+with another one decibels change by one or two tenths (``--kernel reference`` takes the plain-torch form). Two noises
+of the float model itself are as far apart as the figure called "other noise" says.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import random
 import tempfile
@@ -283,8 +285,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--write", action="store_true", help="size: compress a file of that size, too")
+    parser.add_argument("--kernel", help="name of a kernel to use, see `hf-lowbit bench --list`")
     arguments = parser.parse_args()
-    with dispatch.forced("reference"):
+    with dispatch.forced(arguments.kernel) if arguments.kernel else contextlib.nullcontext():
         for part in arguments.part:
             result = size(arguments.write) if part == "size" else globals()[part]()
             print(write_result(f"quality_video/{part}", result))
