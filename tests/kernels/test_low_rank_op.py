@@ -19,8 +19,9 @@ from hf_lowbit.report.bench import kernels_of
 LIBRARY, ISA = cpu.load()
 needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"no compiled library: {ISA}")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# rows, rank, columns: ones, less than a vector, whole vectors, ragged ends, rows beyond the four that go together
-SHAPES = [(1, 1, 1), (5, 3, 7), (16, 16, 32), (33, 17, 45), (64, 23, 130), (130, 64, 16)]
+# rows, rank, columns: ones, less than a vector, whole vectors, ragged ends, rows beyond the four that go together; and
+# enough for several threads
+SHAPES = [(1, 1, 1), (5, 3, 7), (16, 16, 32), (33, 17, 45), (64, 23, 130), (130, 64, 16), (211, 131, 307)]
 
 
 def case(n, r, m, held=torch.float32):
@@ -43,7 +44,7 @@ def error(got, want):
 def test_compiled_product_against_float64(dtype, held, isa, monkeypatch):
     """Sums are float32, so beside their 2^-24 only the rounding of the result counts: at most half of ``eps``."""
     monkeypatch.setattr(cpu, "load", lambda: (LIBRARY, isa))
-    for (n, r, m), tokens, threads in itertools.product(SHAPES, (1, 2, 3, 4, 7, 37), (1, 2)):
+    for (n, r, m), tokens, threads in itertools.product(SHAPES, (1, 2, 3, 4, 7, 37), (1, 3)):
         up, down = case(n, r, m, held)
         x, bias = torch.randn(tokens, m).to(dtype), torch.randn(n) if tokens % 2 else None
         before = torch.get_num_threads()

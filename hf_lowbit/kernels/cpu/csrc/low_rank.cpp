@@ -6,6 +6,7 @@
 namespace {
 
 const int64_t TOKENS = 32;  // at once, for memory's sake
+const int64_t SHARE = 32 << 10;  // bytes of the factors that a thread should read: calling it takes as long as some KB
 
 int64_t padded(int64_t columns) { return (columns + HFLB_LR_PAD - 1) / HFLB_LR_PAD * HFLB_LR_PAD; }
 
@@ -42,7 +43,8 @@ int hflb_lr_linear(
 ) {
     hflb_lr_kernel* kernel = isa >= HFLB_LR_AVX512 ? hflb_lr_avx512 : hflb_lr_avx2;
     const int64_t most = count < TOKENS ? count : TOKENS, wide = padded(m), middle = padded(rank), out = padded(n);
-    const int64_t size = dtype == HFLB_F32 ? 4 : 2;
+    const int64_t size = dtype == HFLB_F32 ? 4 : 2, bytes = rank * (n + m) * (factor_dtype == HFLB_F32 ? 4 : 2);
+    if (threads > bytes / SHARE) threads = bytes < SHARE ? 1 : bytes / SHARE;
     float* memory = (float*)aligned_alloc(64, (size_t)(most * (wide + middle + out) * 4));
     if (!memory) return 2;
     float *inputs = memory, *between = inputs + most * wide, *outputs = between + most * middle;
