@@ -407,6 +407,9 @@ def test_layers_by_name(name):
     misfit = "in_features 72 is not a multiple of 16"
     assert places.cannot_take(name, (64, 72), DVDQuantConfig(layers="all")) == misfit
     assert places.cannot_take(name, (64, 72), config) == (misfit if dense is None else None)
+    none = "no Hadamard matrix of order 688 is known here; rotation='block' needs none"
+    assert places.cannot_take(name, (64, 688), DVDQuantConfig(layers="all", rotation="full")) == none
+    assert places.cannot_take(name, (64, 688), DVDQuantConfig(layers="all")) is None
 
 
 class Toy(nn.Module):

@@ -231,7 +231,7 @@ def column_balance(weight: Tensor, beta: float) -> Tensor:
 
 
 def rotation_of(columns: int, options: DVDQuantConfig) -> int:
-    """Return the order of the rotation of a layer, 0 for none.
+    """Return the order of the rotation of a layer, 0 for none; layers that cannot have what is asked stay dense.
 
     Differs: the paper says only "Hadamard"; ``full`` is read into it, ``block`` is ours.
     """

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 
 from hf_lowbit.methods.dvd_quant.options import DVDQuantConfig
+from hf_lowbit.numerics.rotation import full_order
 
 # Rotations, groups and packed rows start at multiples of it.
 COLUMNS = 16
@@ -61,6 +62,10 @@ def reason_to_leave(name: str, shape: tuple[int, int], options: DVDQuantConfig) 
 
 def cannot_take(name: str, shape: tuple[int, int], options: DVDQuantConfig) -> str | None:
     """Return why a layer that should be rounded cannot be, None if it can or should not; arguments as before."""
-    if shape[1] % COLUMNS and reason_to_leave(name, shape, options) is None:
+    if reason_to_leave(name, shape, options) is not None:
+        return None
+    if shape[1] % COLUMNS:
         return f"in_features {shape[1]} is not a multiple of {COLUMNS}"
+    if options.rotation == "full" and not full_order(shape[1]):
+        return f"no Hadamard matrix of order {shape[1]} is known here; rotation='block' needs none"
     return None
