@@ -220,6 +220,10 @@ def check_values(model: Any, files: Iterable[str]) -> None:
     source = CheckpointSource(files, getattr(model, "base_model_prefix", "")) if offloaded else None
     for name, layer in packed_modules(model).items():
         _validated(name, layer, source)
+    for name, module in model.named_modules():  # what methods store beside packed layers
+        check = getattr(module, "stored_problems", None)
+        if check is not None and (problems := check()):
+            raise CheckpointError(f"damaged checkpoint: {name}: {'; '.join(problems)}")
 
 
 def _validated(name: str, layer: PackedLinear, source: CheckpointSource | None) -> None:

@@ -49,6 +49,18 @@ class AttentionGrids(nn.Module):
         self.watch: Callable[[str, Tensor], None] | None = None
         self.replace: Callable[[str, Tensor], Tensor] | None = None
 
+    def stored_problems(self) -> list[str]:
+        """Return what is wrong with the stored ends, empty if nothing is; asked when a model was loaded."""
+        if self.bounds is None or self.bounds.device.type == "meta":
+            return []
+        if not bool(torch.isfinite(self.bounds).all()):
+            return ["bounds holds NaN or infinity"]
+        return (
+            ["bounds: an upper end lies below the lower"]
+            if bool((self.bounds[:, 0] > self.bounds[:, 1]).any())
+            else []
+        )
+
     def forward(self, part: str, values: Tensor) -> Tensor:
         """Return values of a part on its grid, in their dtype."""
         if self.watch is not None:
