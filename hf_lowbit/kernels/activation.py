@@ -59,6 +59,7 @@ from torch.nn.functional import linear, pad
 from hf_lowbit.kernels.choice import Kernel, Table
 from hf_lowbit.kernels.cpu import activation as cpu
 from hf_lowbit.kernels.hadamard import rotate
+from hf_lowbit.kernels.integer import triton_kernels
 from hf_lowbit.kernels.ops import LIBRARY, unobserved
 
 SCALE_MODES = ("token_group", "token", "channel", "channel_token")
@@ -387,9 +388,36 @@ def _cpu_linear(x: Tensor, tensors: tuple[Any, ...], sizes: Sizes) -> Tensor:
     return out.to(x.dtype).reshape(*x.shape[:-1], out.shape[-1])
 
 
+def _triton_why_not(dtype: torch.dtype, device: str, parts: tuple[Any, ...], sizes: Sizes) -> str | None:
+    on_gpu, reason = triton_kernels(device)
+    if on_gpu is None:
+        return reason
+    if not sizes.rounds or sizes.mode not in KERNEL_MODES:
+        return f"mode {sizes.mode} with {sizes.act_bits} bits is no product of codes with a scale for each token"
+    why: str | None = on_gpu.unsupported(dtype, parts, sizes[:3]) or on_gpu.unsupported_codes(parts, sizes)
+    return why
+
+
+def _triton_linear(x: Tensor, tensors: tuple[Any, ...], sizes: Sizes) -> Tensor:
+    """Multiply codes by codes, in Triton; rotated and rounded in one pass where that kernel can."""
+    on_gpu, _ = triton_kernels("cuda")
+    packed, scale, zero_point, bias, smooth, signs = tensors[:6]
+    rows = x.reshape(-1, sizes.in_features)
+    if on_gpu.fuses(sizes):
+        made = on_gpu.round_rows(rows if rows.stride(1) == 1 else rows.contiguous(), smooth, signs, sizes)
+    else:
+        found = quantize_activation(
+            transform(rows, smooth, signs, sizes.rotation), sizes.mode, sizes.act_bits, sizes.act_group_size
+        )
+        made = on_gpu.in_parts(found.codes, sizes), found.token
+    out: Tensor = on_gpu.product(*made, (packed, scale, zero_point), bias, sizes, x.dtype)
+    return out.reshape(*x.shape[:-1], packed.shape[0])
+
+
 # A case is (dtype of x, device type, parts, sizes), parts being packed, scale and zero_point.
 TABLE = Table(
     Kernel("cpu", "C++: rotates and rounds in one pass, multiplies codes by codes", _cpu_why_not, _cpu_linear),
+    Kernel("triton", "Triton: codes by codes, not yet timed on a GPU", _triton_why_not, _triton_linear),
     Kernel("reference", "plain torch, rebuilds the dense weight in every call", lambda *_: None, reference),
 )
 

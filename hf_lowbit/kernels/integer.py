@@ -29,6 +29,9 @@ from hf_lowbit.kernels.cpu import integer as cpu
 from hf_lowbit.kernels.ops import LIBRARY, unobserved
 
 BITS = (2, 3, 4, 8)
+# On a GPU: with more the product itself takes the time, and torch's is faster than one that unpacks for every tile of
+# tokens. Reckoned from rates of memory and matrix units, not measured.
+_MOST_TOKENS_TRITON = 256
 Parts = tuple[Tensor, Tensor, Tensor | None]  # packed, scale, zero_point
 Sizes = tuple[int, ...]  # in_features, bits, group_size
 
@@ -133,6 +136,29 @@ def _cpu_why_not(dtype: torch.dtype, device: str, parts: Parts, sizes: Sizes) ->
     return f"tensors on {device}" if device != "cpu" else cpu.unsupported(dtype, parts, sizes)
 
 
+def triton_kernels(device: str) -> tuple[Any, str | None]:
+    """Return the module that launches Triton's kernels, or None and why there is none for a kind of device."""
+    if device != "cuda":  # ROCm devices are called so, too
+        return None, f"tensors on {device}"
+    try:  # not before a GPU needs it: Triton exists for Linux only
+        from hf_lowbit.kernels.triton import integer as on_gpu
+    except ImportError as error:
+        return None, f"Triton cannot be imported ({type(error).__name__})"
+    return on_gpu, None
+
+
+def _triton_why_not(dtype: torch.dtype, device: str, parts: Parts, sizes: Sizes) -> str | None:
+    on_gpu, reason = triton_kernels(device)
+    return reason if on_gpu is None else on_gpu.unsupported(dtype, parts, sizes)
+
+
+def _triton_linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes) -> Tensor:
+    if x.numel() // sizes[0] > _MOST_TOKENS_TRITON:  # enough to pay for a dense weight
+        return _reference(x, parts, bias, sizes)
+    out: Tensor = triton_kernels("cuda")[0].linear(x, parts, bias, sizes)
+    return out
+
+
 # A case is (dtype of x, device type, parts, sizes).
 TABLE = Table(
     Kernel("cpu", "C++ on the packed codes, exact to the dtype", _cpu_why_not, cpu.linear, cpu.dequantize),
@@ -144,6 +170,7 @@ TABLE = Table(
         cpu.dequantize,
         opt_in=True,
     ),
+    Kernel("triton", "Triton on the packed codes, not yet timed on a GPU", _triton_why_not, _triton_linear),
     Kernel("reference", "plain torch, rebuilds the dense weight in every call", lambda *_: None, _reference, _rebuilt),
 )
 

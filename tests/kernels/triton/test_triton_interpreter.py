@@ -47,3 +47,8 @@ def test_larger_kernels_of_format_binary(tmp_path):
 @pytest.mark.timeout(300)
 def test_kernels_of_format_low_rank(tmp_path):
     assert interpreted("low_rank", "not slow", tmp_path) > 15
+
+
+@pytest.mark.timeout(600)
+def test_kernels_of_format_integer(tmp_path):
+    assert interpreted("integer", "not slow", tmp_path) > 60
