@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
-from examples import demo, long_context
+from examples import demo, long_context, super_resolution_w2a2, video_w4a4
 
 
 @pytest.mark.slow
@@ -39,3 +40,31 @@ def test_push_and_pull():
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the same logits, bit for bit" in done.stdout
     assert "hf_T0ken" not in done.stdout + done.stderr
+
+
+def test_video_w4a4(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["video_w4a4", "--tiny", "--out", str(tmp_path)])
+    video_w4a4.main()
+    shown = capsys.readouterr().out
+    rows = {name: line for line in shown.splitlines() for name in video_w4a4.VERSIONS if f"│ {name} " in line}
+    apart = {name: float(line.split("dB")[0].split("│")[-1]) for name, line in rows.items() if "dB" in line}
+    assert apart["DVD-Quant, W4A4"] > apart["rounding, W4A4"] + 10
+    assert apart["DVD-Quant, δ-GBS"] > apart["rounding, W4A4"] + 10
+    assert "4.42" in rows["DVD-Quant, W4A4"]
+    sheet, moving = (Image.open(tmp_path / name) for name in ("videos.png", "videos.gif"))
+    assert sheet.size == (8 * 100 + 4, 3 * 4 * 100 + 4)  # frames, and three prompts of four versions
+    assert moving.size == (4 * 100 + 4, 3 * 100 + 4)
+    assert moving.n_frames == 8
+    assert len(sheet.getcolors(1 << 20)) > 100
+
+
+def test_super_resolution_w2a2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["super_resolution_w2a2", "--tiny", "--out", str(tmp_path)])
+    super_resolution_w2a2.main()
+    shown = capsys.readouterr().out
+    for line in ("bicubic", "dense", "W4A4", "W3A3", "W2A2"):
+        assert line in shown
+    assert " 2.04 " in shown
+    strip = Image.open(tmp_path / "strip.png")
+    assert strip.size == (6 * 132 + 4, 2 * 132 + 4)  # bicubic, dense, three widths, truth; two photographs
+    assert {path.name for path in tmp_path.iterdir()} == {"w4a4", "w3a3", "w2a2", "strip.png"}
