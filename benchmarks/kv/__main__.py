@@ -1,27 +1,46 @@
 """Bytes that a cache holds and the time of one decoding step: latents beside dense and quantized caches.
 
-    python -m benchmarks.kv              # writes benchmarks/results/kv.json and a plot
-    python -m benchmarks.kv --quick      # one short context; writes nothing
+    python -m benchmarks.kv              # all shapes and contexts: about a quarter of an hour on one core
+    python -m benchmarks.kv --quick      # one short context of each; writes nothing
 
 A step is the call of one attention module with one new token per row: projections, the cache taking the token in,
-attention, output projection; random weights, bfloat16. All caches take turns. The floor is the time in which the bytes
-held can be read once, at the rate measured beside the case; the roofline adds the arithmetic of latents at the rate
-of the product of a stretch of latents with the folded queries, measured there too.
+attention, output projection; random weights, bfloat16. All caches take turns, and each goes round so many layers that
+none of them stays in a cache of the processor. Transformers' quantized caches take part where what they need is
+installed (``pip install optimum-quanto hqq``). The floor is the time in which the bytes that a layer holds can be read
+once, at the rate measured beside the case; the roofline adds the arithmetic of latents, at the rate of torch's product
+of a stretch of latents with the factor of a group of keys, measured there too.
+
+Writes ``benchmarks/results/kv.json``, shape by shape, and the plot; ``python -m benchmarks.report`` renders tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, write_result
+from benchmarks.common import RESULTS, ROOT, write_result
 from benchmarks.kernels.__main__ import read_rate
-from benchmarks.kv.cases import DTYPE, SHAPES, Shape, caches, fill, held, models, step
-from hf_lowbit.kernels.latent_attention import KERNELS
+from benchmarks.kv.cases import (
+    DENSE,
+    DTYPE,
+    LATENTS,
+    SHAPES,
+    Shape,
+    caches,
+    fill,
+    held,
+    kvpress_runs,
+    layers_for,
+    models,
+    step,
+)
+from hf_lowbit.kernels.cpu import latent as cpu
 from hf_lowbit.report.bench import timed_in_turn
 
 CONTEXTS = (512, 2048, 4096, 16384)
@@ -74,19 +93,19 @@ def roofline(shape: Shape, bandwidth: float, operations: float) -> dict[str, Any
 
 
 def measure(shape: Shape, tokens: int, batch: int, seconds: float) -> dict[str, Any]:
-    """Return bytes and microseconds (median) of every cache at one context."""
-    kinds = caches(models(shape))
+    """Return bytes and microseconds (median) of one layer of every cache at one context."""
+    layers = layers_for(shape, tokens, batch)
+    kinds = caches(models(shape, layers))
     filled, calls = {}, {}
     with torch.inference_mode():
         for name, (model, make) in kinds.items():
             cache = make()
             fill(model, cache, shape, tokens, batch)
-            filled[name] = held(cache)
+            filled[name] = held(cache) // layers
             x = torch.randn(batch, 1, shape.hidden).to(DTYPE)
-            attention = model.model.layers[0].self_attn
 
-            def call(turn: int, a: Any = attention, m: Any = model, c: Any = cache, x: Any = x) -> Any:
-                return step(a, m, c, x, tokens + turn)
+            def call(turn: int, m: Any = model, c: Any = cache, x: Any = x) -> Any:
+                return step(m.model.layers[turn % layers].self_attn, m, c, x, tokens + turn // layers)
 
             calls[name] = call
         rate = read_rate()
@@ -94,13 +113,31 @@ def measure(shape: Shape, tokens: int, batch: int, seconds: float) -> dict[str, 
     found = {
         name: {
             "bytes": filled[name],
-            "microseconds": round(float(torch.tensor(values).median()) * 1e6, 1),
+            "microseconds": round(statistics.median(values[layers - 1 :] or values) * 1e6, 1),
             "floor_microseconds": round(filled[name] / rate * 1e6, 1),
         }
         for name, values in times.items()
     }
-    turns = len(times["dense"])
-    return {"tokens": tokens, "batch": batch, "bytes_per_second": rate, "turns": turns, "caches": found}
+    turns = len(times[DENSE])
+    return {
+        "tokens": tokens,
+        "batch": batch,
+        "layers": layers,
+        "bytes_per_second": rate,
+        "turns": turns,
+        "caches": found,
+    }
+
+
+def faster_from(cases: list[dict[str, Any]], batch: int) -> int | None:
+    """Return the measured context from which on a step with latents is faster than a dense one, None for none."""
+    found = None
+    for case in sorted((case for case in cases if case["batch"] == batch), key=lambda case: -case["tokens"]):
+        row = case["caches"]
+        if row[LATENTS]["microseconds"] >= row[DENSE]["microseconds"]:
+            break
+        found = case["tokens"]
+    return found
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -130,27 +167,33 @@ def main() -> None:
     """Parse arguments, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short context; writes nothing")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="others keep figures")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each case, at least ten turns")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each case, at least ten turns")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result: dict[str, Any] = {"kernel": KERNELS["cpu"].summary, "shapes": {}}
-    for name, shape in SHAPES.items():
-        cases = []
+    path = RESULTS / "kv.json"
+    result: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {"shapes": {}}
+    result["kernel"], result["kvpress"] = cpu.ISAS[cpu.load()[1]], kvpress_runs()
+    for name in arguments.shapes:
+        shape, cases = SHAPES[name], []
         for tokens in CONTEXTS[:1] if arguments.quick else CONTEXTS:
             for batch in BATCHES:
                 if tokens * batch * 2 * shape.width <= _LARGEST:
                     cases.append(measure(shape, tokens, batch, arguments.seconds))
                     steps = {kind: row["microseconds"] for kind, row in cases[-1]["caches"].items()}
                     print(name, tokens, batch, steps, flush=True)
-        bandwidth = sorted(case["bytes_per_second"] for case in cases)[len(cases) // 2]
+        bandwidth = statistics.median(case["bytes_per_second"] for case in cases)
         with torch.inference_mode():
             expected = roofline(shape, bandwidth, product_rate(shape))
-        result["shapes"][name] = {"cases": cases, "roofline": expected}
-        print(name, expected, flush=True)
-    if not arguments.quick:
-        write_result("kv", result)
-        plot(result, PLOT)
+        measured = {str(batch): faster_from(cases, batch) for batch in BATCHES}
+        result["shapes"][name] = {"cases": cases, "roofline": expected, "faster_from": measured}
+        print(name, expected, measured, flush=True)
+        if not arguments.quick:
+            result.pop("environment", None)
+            write_result("kv", result)
+            if "SmolLM2-135M" in result["shapes"]:
+                plot(result, PLOT)
 
 
 if __name__ == "__main__":

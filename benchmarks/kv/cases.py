@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from hf_lowbit.cache import ReCalKVCache, attach_latent_attention
 from hf_lowbit.formats.latent import LatentFormat
@@ -54,21 +55,36 @@ class Shape:
         return self.width // 2
 
 
-# SmolLM2-135M, and an attention with as many key as query heads, as in Llama-2-7B, in two groupings of its keys.
+# SmolLM2-135M; attention that shares heads as in Llama-3-8B; and with as many key as query heads as in Llama-2-7B, in
+# two groupings of its keys.
 SHAPES = {
     "SmolLM2-135M": Shape(576, 9, 3, 64, 3),
+    "8 of 32 heads, groups of 1": Shape(4096, 32, 8, 128, 1),
     "32 heads, groups of 4": Shape(4096, 32, 32, 128, 4),
     "32 heads, groups of 1": Shape(4096, 32, 32, 128, 1),
 }
 
 
-def models(shape: Shape) -> dict[str, Any]:
-    """Return a dense model of one layer and random weights, and one with random factors; time depends on neither."""
+# What one rotation through the layers reads, at least: more than the second-level cache of any machine we know. The
+# layers of a model are not read from a cache.
+_COLD_BYTES = 64_000_000
+_MOST_LAYERS = 30
+
+
+def layers_for(shape: Shape, tokens: int, batch: int) -> int:
+    """Return how many layers it takes for none to be read from a cache, in a model or in a measurement."""
+    weights = 2 * shape.hidden * (shape.heads * shape.head_dim + shape.width)
+    each = DTYPE.itemsize * (weights + tokens * batch * shape.width)  # of a cache that holds half
+    return max(1, min(_MOST_LAYERS, -(-_COLD_BYTES // each)))
+
+
+def models(shape: Shape, layers: int = 1) -> dict[str, Any]:
+    """Return a dense model with random weights, and one with random factors; time depends on neither."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=16,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
@@ -77,16 +93,17 @@ def models(shape: Shape) -> dict[str, Any]:
     )
     dense = LlamaForCausalLM(config).to(DTYPE).eval()
     latent = copy.deepcopy(dense)
-    attention = latent.model.layers[0].self_attn
-    for name, together, rank in (
-        ("k_proj", shape.together, shape.key_rank),
-        ("v_proj", shape.kv_heads, shape.value_rank),
-    ):
-        groups = [list(range(head, head + together)) for head in range(0, shape.kv_heads, together)]
-        ups = [torch.randn(together, shape.head_dim, rank) / rank**0.5 for _ in groups]
-        downs = [torch.randn(rank, shape.hidden) / shape.hidden**0.5 for _ in groups]
-        packed = LatentFormat.pack(groups, ups, downs, DTYPE)
-        setattr(attention, name, PackedLinear.replacing(getattr(attention, name), packed))
+    for layer in latent.model.layers:
+        attention = layer.self_attn
+        for name, together, rank in (
+            ("k_proj", shape.together, shape.key_rank),
+            ("v_proj", shape.kv_heads, shape.value_rank),
+        ):
+            groups = [list(range(head, head + together)) for head in range(0, shape.kv_heads, together)]
+            ups = [torch.randn(together, shape.head_dim, rank) / rank**0.5 for _ in groups]
+            downs = [torch.randn(rank, shape.hidden) / shape.hidden**0.5 for _ in groups]
+            packed = LatentFormat.pack(groups, ups, downs, DTYPE)
+            setattr(attention, name, PackedLinear.replacing(getattr(attention, name), packed))
     attach_latent_attention(latent)
     return {DENSE: dense, LATENTS: latent}
 
@@ -98,34 +115,45 @@ def caches(found: dict[str, Any]) -> dict[str, tuple[Any, Callable[[], Cache]]]:
     def codes(bits: int) -> Callable[[], Cache]:
         return lambda: ReCalKVCache(latent.config, latent_bits=bits)
 
-    return {
+    kinds = {
         "dense": (dense, lambda: DynamicCache(config=dense.config)),
         "fp8 (transformers)": (dense, lambda: QuantizedCache("fp8", dense.config)),
+    }
+    if is_optimum_quanto_available():
+        kinds["quanto, 4 bits (transformers)"] = (dense, lambda: QuantizedCache("quanto", dense.config, nbits=4))
+    if is_hqq_available():
+        kinds["hqq, 4 bits (transformers)"] = (
+            dense,
+            lambda: QuantizedCache("hqq", dense.config, nbits=4, axis_key=1, axis_value=1),
+        )
+    return {
+        **kinds,
         "latents": (latent, lambda: DynamicCache(config=latent.config)),
         "latents, 8 bits": (latent, codes(8)),
         "latents, 4 bits": (latent, codes(4)),
+        "latents, 3 bits": (latent, codes(3)),
     }
 
 
 def fill(model: Any, cache: Cache, shape: Shape, tokens: int, batch: int) -> None:
-    """Put keys and values of random inputs into a cache, in pieces: attention itself is not needed for that."""
-    attention = model.model.layers[0].self_attn
+    """Put keys and values of random inputs into all layers of a cache: attention itself is not needed for that."""
     generator = torch.Generator().manual_seed(1)
-    # The first token by a step, which makes the layer one of latents; the others past the attention.
-    step(attention, model, cache, torch.randn(batch, 1, shape.hidden, generator=generator).to(DTYPE), 0)
-    for start in range(1, tokens, 512):
-        count = min(512, tokens - start)
-        keys, values = _states(
-            attention, torch.randn(batch, count, shape.hidden, generator=generator).to(DTYPE), shape
-        )
-        cache.update(keys, values, 0, position_ids=torch.arange(start, start + count)[None])
+    x = torch.randn(batch, tokens, shape.hidden, generator=generator).to(DTYPE)
+    for index, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        first = 0
+        if isinstance(attention.k_proj, PackedLinear):
+            step(attention, model, cache, x[:, :1], 0)  # which makes the layer one of latents
+            first = 1
+        keys, values = _states(attention, x[:, first:], shape)
+        cache.update(keys, values, index, position_ids=torch.arange(first, tokens)[None])
 
 
 def _states(attention: Any, x: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     if isinstance(attention.k_proj, PackedLinear):
         return attention.k_proj(x, "latent"), attention.v_proj(x, "latent")
     keys, values = (
-        projection(x).unflatten(-1, (shape.kv_heads, -1)).transpose(1, 2)
+        projection(x).unflatten(-1, (shape.kv_heads, -1)).transpose(1, 2).contiguous()
         for projection in (attention.k_proj, attention.v_proj)
     )
     return keys, values
@@ -135,7 +163,9 @@ def step(attention: Any, model: Any, cache: Cache, x: Tensor, position: int) -> 
     """Run the module on one new token of each row, which the cache takes in, too."""
     positions = torch.full((1, 1), position)
     turn = model.model.rotary_emb(x, positions)
-    out: Tensor = attention(x, position_embeddings=turn, past_key_values=cache, position_ids=positions)[0]
+    out: Tensor = attention(
+        hidden_states=x, position_embeddings=turn, attention_mask=None, past_key_values=cache, position_ids=positions
+    )[0]
     return out
 
 
@@ -144,7 +174,9 @@ def held(cache: Cache) -> int:
     seen: dict[int, int] = {}
 
     def walk(value: Any) -> None:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):  # made of others
+            walk([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+        elif isinstance(value, Tensor):
             storage = value.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, tuple | list):
@@ -157,3 +189,19 @@ def held(cache: Cache) -> int:
 
     walk(cache.layers)
     return sum(seen.values())
+
+
+def kvpress_runs() -> str:
+    """Say whether a press of kvpress takes tokens out of a cache on this transformers, or what stands against it."""
+    try:
+        from kvpress import KnormPress
+    except ImportError as error:
+        return f"not installed ({error})"
+    model = models(Shape(64, 4, 2, 16, 2))[DENSE]
+    cache = DynamicCache(config=model.config)
+    try:
+        with torch.no_grad(), KnormPress(compression_ratio=0.5)(model):
+            model(torch.zeros(1, 64, dtype=torch.int64), past_key_values=cache)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"keeps {cache.get_seq_length()} of 64 tokens"

@@ -28,11 +28,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from hf_lowbit.kernels.latent_codec import SINK_TOKENS as SINK_TOKENS
 from hf_lowbit.kernels.latent_codec import WORDS, decode_rows, encode_rows
-
-# Most heads give most of their attention to the first tokens, whatever these say: a key rounded there is felt by all
-# later tokens. Kept in full they cost nothing per further token.
-SINK_TOKENS = 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,10 +76,12 @@ def detach_cache(model: Any) -> None:
 def _cache_options(config: LowBitConfig) -> dict[str, Any] | None:
     """Return how the cache of a config holds latents, None if it holds none."""
     rules: list[Any] = [rule for _, rule in rules_of(config) if is_for_attention(rule)]
-    found = [(rule.latent_bits, rule.recent_window) for rule in rules]
+    found = [(rule.latent_bits, rule.recent_window, rule.sink_tokens) for rule in rules]
     if len(set(found)) > 1:
-        raise ValueError("a model has one cache: latent_bits and recent_window must be alike in all rules of a recipe")
+        raise ValueError(
+            "a model has one cache: latent_bits, recent_window and sink_tokens must be alike in all rules of a recipe"
+        )
     if not found:
         return None
-    bits, window = found[0]
-    return {"latent_bits": None if bits == 16 else bits, "recent_window": window}
+    bits, window, sinks = found[0]
+    return {"latent_bits": None if bits == 16 else bits, "recent_window": window, "sink_tokens": sinks}

@@ -62,8 +62,8 @@ class Case(NamedTuple):
 def pairs_of(head_dim: int, half: int) -> tuple[list[int], list[int]]:
     """Return first and second coordinate of each pair of a key's, for kernels that turn all of them alike.
 
-    Pairs that are rotated come first; what is not rotated makes pairs, too (of frequency 0), the last of which may lack
-    its second, which is -1 then.
+    Pairs that are rotated come first; what is not rotated makes pairs, too (of frequency 0), the last of which may
+    lack its second, which is -1 then.
     """
     rest = list(range(2 * half, head_dim))
     more = -(-len(rest) // 2)

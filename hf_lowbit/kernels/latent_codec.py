@@ -31,6 +31,9 @@ from hf_lowbit.kernels.ops import unobserved
 
 # bits: (codes in a word, bytes of a word)
 WORDS = {8: (1, 1), 4: (2, 1), 3: (8, 3)}
+# Most heads give most of their attention to the first tokens, whatever these say: a key rounded there is felt by all
+# later tokens. Kept in full, as caches do by default, they cost nothing per further token.
+SINK_TOKENS = 4
 # A range narrower than this is rounding noise; it also keeps the scale of 8 bits above the smallest float16.
 _NARROWEST = 1e-5
 # With this the zero point of a group far from zero, but narrow, still fits int16.

@@ -142,7 +142,7 @@ def test_a_recipe_mixes_cache_and_weights(dense, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
     out = loaded.generate(tokens(1, 6), max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
     assert cache_bytes(out.past_key_values)["dense"] == 0
-    with pytest.raises(ValueError, match="latent_bits and recent_window must be alike"):
+    with pytest.raises(ValueError, match="latent_bits, recent_window and sink_tokens must be alike"):
         compress(dense, LowBitRecipe({"*.0.self_attn": small(latent_bits=4), "*": small()}, run=QUIET))
 
 
@@ -160,6 +160,18 @@ def test_low_bit_latents_by_config(dense, tmp_path):
         1,
         8,
     )
+
+
+def test_first_tokens_in_full_by_config(dense, tmp_path):
+    held = {}
+    for first in (0, 2):
+        save_model(compress(dense, small(latent_bits=4, sink_tokens=first)), tmp_path / str(first))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / str(first))
+        out = model.generate(tokens(1, 6), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        held[first] = cache_bytes(out.past_key_values)["first"]
+        width = sum(sum(layer.layout.key_ranks + layer.layout.value_ranks) for layer in out.past_key_values.layers)
+        assert held[first] == first * width * 4  # float32
+    assert held[2] > held[0] == 0
 
 
 def test_inspect_draws_ranks_and_counts_bytes(dense, tmp_path):

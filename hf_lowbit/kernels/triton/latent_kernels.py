@@ -10,8 +10,8 @@
 Coordinates of a key come in pairs that a rotation turns, those that are not rotated in pairs of frequency 0; ``place``
 says which row of the factor a coordinate is. Angles are formed in float32, since 16 bits do not hold positions.
 
-Rounding: latents and factors meet in the compute type ``DT`` with sums in float32, weights of the values are rounded to
-it; everything between is float32.
+Rounding: latents and factors meet in the compute type ``DT`` with sums in float32, weights of the values are rounded
+to it; everything between is float32.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from hf_lowbit.config import CalibratedConfig, option, planned_for, planned_problems
 from hf_lowbit.formats.low_rank import FACTOR_DTYPES
+from hf_lowbit.kernels.latent_codec import SINK_TOKENS
 from hf_lowbit.registry import Projection
 
 _LARGEST_WHOLE = 4  # heads that share one group of keys by default
@@ -89,6 +90,12 @@ class ReCalKVConfig(CalibratedConfig):
     )
     recent_window: int = option(
         0, "newest tokens whose latents are kept as computed when latent_bits is below 16", low=0, high=2**16
+    )
+    sink_tokens: int = option(
+        SINK_TOKENS,
+        "first tokens, which most attention goes to, whose latents are kept as computed when latent_bits is below 16",
+        low=0,
+        high=2**16,
     )
     factor_dtype: str = option(
         "auto", "dtype of the stored factors; auto: that of the dense weight", choices=("auto", *FACTOR_DTYPES)

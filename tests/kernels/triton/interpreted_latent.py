@@ -1,7 +1,7 @@
 """The kernels for one new token over latents in Triton's interpreter, against the reference; no GPU needed.
 
-``test_triton_latent.py`` runs this file in a process that has the interpreter switched on. bfloat16 arithmetic is wrong
-there, so 16-bit products run in float16.
+``test_triton_latent.py`` runs this file in a process that has the interpreter switched on. bfloat16 arithmetic is
+wrong there, so 16-bit products run in float16.
 """
 
 import pytest
