@@ -295,10 +295,10 @@ def distance(model, dense, images):
 def test_learned_grids_are_nearer_to_the_dense_model():
     dense, images = tiny_model(), photos(4, 32)
     plain, learned = tiny_model(), tiny_model()
-    options = {"weight_bits": 2, "act_bits": 2, "cond_strength": 0.01}
+    options = {"weight_bits": 2, "act_bits": 2, "cond_strength": 0.01, "degradation": "none", "calibration": images}
     hf_lowbit.quantize(plain, quick(**options))
     before = {name: layer.packed.codes() for name, layer in packed_modules(plain).items()}
-    hf_lowbit.quantize(learned, quick(**options, refine="dqc", refine_lr=0.03, refine_steps=25, refine_batch=4))
+    hf_lowbit.quantize(learned, quick(**options, refine="dqc", refine_steps=25, refine_batch=4))
     assert distance(learned, dense, images) < 0.97 * distance(plain, dense, images)
     after = packed_modules(learned)
     assert all(type(layer) is PackedLinear for layer in after.values())
