@@ -121,6 +121,8 @@ def pack_convs(
     found = units(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no binary convolutions in training form")
+    if "" in found:
+        raise ValueError("the model is one binary convolution itself; pass the module that holds it")
     idle = [] if allow_untrained else untrained(model)
     if idle:
         raise ValueError(

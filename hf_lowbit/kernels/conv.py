@@ -55,7 +55,8 @@ def rprelu(y: Tensor, act: Tensor) -> Tensor:
     return torch.where(y >= 0, y, slope * y) + after
 
 
-def _epilogue(dot: Tensor, affine: Tensor, act: Tensor | None) -> Tensor:
+def scaled(dot: Tensor, affine: Tensor, act: Tensor | None) -> Tensor:
+    """Return dots with scale and offset, (2, C), and RPReLU, (3, C) or None; float32."""
     scale, offset = affine.float()[..., None, None]
     y = scale * dot.float() + offset
     return y if act is None else rprelu(y, act.float())
@@ -109,7 +110,7 @@ def _reference(
     x: Tensor, sign: Tensor, shift: Tensor | None, affine: Tensor | None, act: Tensor | None, geometry: ConvGeometry
 ) -> Tensor:
     dot = reference_dot(x, sign, shift, geometry)
-    return dot if affine is None else _epilogue(dot, affine, act).to(x.dtype)
+    return dot if affine is None else scaled(dot, affine, act).to(x.dtype)
 
 
 # In order of preference.

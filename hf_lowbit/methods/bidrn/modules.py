@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate
 
 from hf_lowbit.formats.binary_conv import BinaryConvFormat, BinaryConvSpec
-from hf_lowbit.kernels.conv import rprelu, shifted
+from hf_lowbit.kernels.conv import rprelu, scaled, shifted, signs
 from hf_lowbit.kernels.geometry import ConvGeometry
 from hf_lowbit.methods.bidrn.algorithm import binarize_weight, folded, sign_activation, weight_scale
 from hf_lowbit.methods.bidrn.options import BLOCK_RESIDUALS, UnitOptions
@@ -64,25 +64,63 @@ class BinaryUnit(nn.Module):
         self.trained_batches.zero_()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return (N, C_out, H_out, W_out) of (N, C_in, H, W), in its dtype."""
-        if self.training and torch.is_grad_enabled() and self.weight.requires_grad:
-            self.trained_batches.add_(1)
-        g, options = self.geometry, self.options
+        """Return (N, C_out, H_out, W_out) of (N, C_in, H, W), in its dtype.
+
+        In evaluation mode the steps are those of the packed form, rounding included: a difference of one unit in the
+        last place could turn a sign further on. Gradients are those of the training form all the same.
+        """
+        if self.training:
+            if torch.is_grad_enabled() and self.weight.requires_grad:
+                self.trained_batches.add_(1)
+            return self._trained(input)
+        with torch.no_grad():
+            exact = self._exact(input)
+        if not torch.is_grad_enabled():
+            return exact
+        trained = self._trained(input)
+        return exact + (trained - trained.detach())
+
+    def _trained(self, input: Tensor) -> Tensor:
+        options = self.options
         image = sign_activation(shifted(input, self.shift), options.ste, self.beta).to(input.dtype)
-        weight = binarize_weight(self.weight, g).to(input.dtype)
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        if g.transposed:
-            y = conv_transpose2d(image, weight, bias, g.stride, g.padding, g.output_padding, g.groups, g.dilation)
-        else:
-            y = conv2d(image, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+        weight = binarize_weight(self.weight, self.geometry).to(input.dtype)
+        y = self._convolve(image, weight, None if self.bias is None else self.bias.to(input.dtype))
         y = y if self.norm is None else self.norm(y)
-        around = None
-        if options.lcr:
-            around = adapt_shape(input, g.out_channels, (y.shape[2], y.shape[3]), g.stride, g.transposed)
+        around = self._around(input, y)
         if around is not None and options.residual_position == "before_act":
             y = y + around
         y = y if self.act is None else rprelu(y, self.act)
         return y + around if around is not None and options.residual_position == "after_act" else y
+
+    def _exact(self, input: Tensor) -> Tensor:
+        dot = self._convolve(signs(shifted(input, self.shift)), signs(self.weight), None)
+        affine = self.affine().float()
+        around = self._around(input, dot)
+        if around is not None and self.options.residual_position == "before_act" and self.act is not None:
+            return rprelu(scaled(dot, affine, None).to(input.dtype) + around, self.act)
+        y = scaled(dot, affine, self.act).to(input.dtype)
+        return y if around is None else y + around
+
+    def _convolve(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        g = self.geometry
+        if g.transposed:
+            return conv_transpose2d(image, weight, bias, g.stride, g.padding, g.output_padding, g.groups, g.dilation)
+        return conv2d(image, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+
+    def _around(self, input: Tensor, y: Tensor) -> Tensor | None:
+        if not self.options.lcr:
+            return None
+        g = self.geometry
+        return adapt_shape(input, g.out_channels, (y.shape[2], y.shape[3]), g.stride, g.transposed)
+
+    def affine(self, name: str = "unit") -> Tensor:
+        """Return scale and offset of the integer dots, (2, C_out), float64; normalization is folded in.
+
+        Raises:
+            ValueError: the normalization keeps no running statistics.
+        """
+        norm = None if self.norm is None else _norm_values(self.norm, name)
+        return folded(weight_scale(self.weight.float(), self.geometry), self.bias, norm)
 
     def extra_repr(self) -> str:
         """Return the line that ``print(model)`` shows."""
@@ -101,9 +139,7 @@ class BinaryUnit(nn.Module):
         Raises:
             ValueError: a value is not finite or leaves the range of ``side_dtype``; names the unit.
         """
-        scale = weight_scale(self.weight.float(), self.geometry)
-        bias = None if self.bias is None else self.bias
-        affine = folded(scale, bias, None if self.norm is None else _norm_values(self.norm, name))
+        affine = self.affine(name)
         if not bool(torch.isfinite(self.weight).all()):
             raise ValueError(f"{name}: weight holds NaN or infinity")
         try:

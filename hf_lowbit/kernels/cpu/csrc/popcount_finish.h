@@ -45,6 +45,7 @@ void finish(const Results* to, const int32_t* tile, int64_t place, int64_t apart
         }
         const float *scale = job->affine + to->channel + l, *act = job->act + to->channel + l;
         __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_castps_si256(dot[l])), _mm256_broadcast_ss(scale));
+        __asm__("" : "+x"(value));  // rounded here, as torch does
         value = _mm256_add_ps(value, _mm256_broadcast_ss(scale + all));
         if (job->act) {
             value = _mm256_add_ps(value, _mm256_broadcast_ss(act + all));

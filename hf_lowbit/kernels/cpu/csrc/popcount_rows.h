@@ -167,10 +167,12 @@ HFLB_INLINE void finish_slowly(const Results* to, const int32_t* tile, int64_t p
                 ((int32_t*)job->y)[base + p * apart] = dot;
                 continue;
             }
-            float value = job->affine[channel] * (float)dot + job->affine[job->outs + channel];
+            volatile float value = job->affine[channel] * (float)dot;  // volatile: each step is rounded, as torch does
+            value = value + job->affine[job->outs + channel];
             if (act) {
-                value += act[job->outs + channel];
-                value = (value < 0 ? act[channel] * value : value) + act[2 * job->outs + channel];
+                value = value + act[job->outs + channel];
+                if (value < 0) value = act[channel] * value;
+                value = value + act[2 * job->outs + channel];
             }
             ((float*)job->y)[base + p * apart] = value;
         }
