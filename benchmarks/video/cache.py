@@ -30,12 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 import hf_lowbit
 from assets import video
 from benchmarks.common import ROOT, read_results, write_result
+from benchmarks.report_cache import OWN, Made, family, frontier, usable
 from hf_lowbit import DVDQuantConfig, QuantCacheConfig
 
 STEPS = 24
 SEEDS = (100, 101)
 PLOT = ROOT / "benchmarks" / "video" / "cache.png"
-Made = dict[str, Any]
 
 
 class Counter:
@@ -285,27 +285,6 @@ def _tell(row: Made) -> None:
 # The picture --------------------------------------------------------------------------------------------------------
 
 
-def frontier(rows: list[Made]) -> list[Made]:
-    """Return the rows that no other one beats in both work and quality, by rising speed."""
-    found: list[Made] = []
-    for row in sorted(rows, key=lambda row: (-row["work"], row["error"])):
-        found = [kept for kept in found if kept["error"] < row["error"]]
-        found.append(row)
-    return found
-
-
-def usable(rows: list[Made]) -> list[Made]:
-    """Return the rows that were measured, and skipped something."""
-    return [row for row in rows if "failure" not in row and row["psnr"] is not None and row["work"] < 0.999]
-
-
-def family(row: Made) -> str:
-    """Return what a row is drawn as."""
-    if row["cache"] != "QuantCache":
-        return str(row["cache"])
-    return "QuantCache" + (" with extrapolation" if row["settings"].get("extrapolation") else "")
-
-
 def save_plot(rows: list[Made], file: Path = PLOT) -> Path:
     """Draw PSNR over work saved, one line for the best settings of each cache."""
     from matplotlib.figure import Figure
@@ -315,7 +294,7 @@ def save_plot(rows: list[Made], file: Path = PLOT) -> Path:
     names = dict.fromkeys(family(row) for row in usable(rows))
     for name in names:
         best = frontier([row for row in usable(rows) if family(row) == name])
-        own = name.startswith("QuantCache")
+        own = name.startswith(OWN)
         axes.plot(
             [1 / row["work"] for row in best], [row["psnr"] for row in best], marker="o" if own else ".",
             linewidth=2 if own else 1, label=name, zorder=3 if own else 2,

@@ -5,10 +5,6 @@
 these two methods; so both are wrapped once, when the package registers: a config of ours goes our way, any other
 theirs. :func:`apply_quantcache` and :func:`remove_quantcache` do the same without the mixin, in the manner of
 diffusers' own functions.
-
-Activation bits have one owner. Where delta-GBS of DVD-Quant is enabled on the transformer, QuantCache takes its place,
-and gives it back when it is removed; ``bit_policy="delta_gbs"`` is delta-GBS with QuantCache's ``bits`` and
-``bit_delta``.
 """
 
 from __future__ import annotations
@@ -19,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hf_lowbit.layers import set_act_bits
 from hf_lowbit.methods.quantcache import QuantCacheConfig
 
 if TYPE_CHECKING:
@@ -60,7 +55,7 @@ def apply_quantcache(transformer: nn.Module, config: QuantCacheConfig | None = N
     from hf_lowbit.hf.quantcache_hooks import BlockHook, Engine, RootHook, SublayerHook
 
     engine = Engine(transformer, config)
-    _take_over_bits(transformer, engine)
+    engine.bits.take()
     registry = HookRegistry.check_if_exists_or_initialize
     for index, block in enumerate(engine.blocks.values()):
         registry(block).register_hook(BlockHook(engine, index), _BLOCK)
@@ -88,40 +83,9 @@ def remove_quantcache(transformer: nn.Module) -> None:
     for name in _HOOKS:
         registry.remove_hook(name, recurse=True)
     registry.invalidate_child_registries_cache()
-    _give_back_bits(transformer, hook.engine)
+    hook.engine.bits.give_back()
     parts._cache_config = None
     del parts.cache_report
-
-
-def _take_over_bits(transformer: nn.Module, engine: Any) -> None:
-    from hf_lowbit.hf.quantcache_hooks import rounding_layers
-
-    if not rounding_layers(transformer):
-        return
-    from hf_lowbit.hf import delta_gbs
-
-    hook: Any = getattr(getattr(transformer, delta_gbs.NAME, None), "hook", None)
-    if hook is not None:
-        names = ("delta", "low", "high", "warmup", "layers")
-        engine.delta_gbs = {name: getattr(hook, name) for name in names}
-        delta_gbs.disable_delta_gbs(transformer)
-    config = engine.config
-    if config.bit_policy == "delta_gbs":
-        many, _, few = config.bits
-        delta_gbs.enable_delta_gbs(transformer, delta=config.bit_delta, low=few, high=many)
-
-
-def _give_back_bits(transformer: nn.Module, engine: Any) -> None:
-    from hf_lowbit.hf.quantcache_hooks import rounding_layers
-
-    if not rounding_layers(transformer):
-        return
-    from hf_lowbit.hf import delta_gbs
-
-    delta_gbs.disable_delta_gbs(transformer)
-    set_act_bits(transformer, None)
-    if engine.delta_gbs is not None:
-        delta_gbs.enable_delta_gbs(transformer, **engine.delta_gbs)
 
 
 def cache_report(transformer: nn.Module) -> CacheReport:

@@ -20,8 +20,8 @@ import torch
 from diffusers.hooks.hooks import BaseState, CacheContext, ModelHook, StateManager
 from torch import Tensor, nn
 
+from hf_lowbit.hf.quantcache_bits import BitOwner
 from hf_lowbit.hf.quantcache_blocks import find_blocks, find_sublayers, streams_of
-from hf_lowbit.layers import PackedLinear, packed_modules, set_act_bits
 from hf_lowbit.methods.quantcache.algorithm import motion, relative_change, similarity
 from hf_lowbit.methods.quantcache.decisions import Decision, Trajectory
 from hf_lowbit.methods.quantcache.options import QuantCacheConfig
@@ -75,7 +75,7 @@ class Engine:
     Attributes:
         mode: what is cached: "stack", "block", "sublayer", or "open" if nothing can be.
         manager: of the states by context.
-        delta_gbs: how delta-GBS was enabled before, None if it was not.
+        bits: sets those of activations.
     """
 
     def __init__(self, transformer: nn.Module, config: QuantCacheConfig) -> None:
@@ -95,9 +95,10 @@ class Engine:
             for name, block in self.blocks.items():
                 self.sublayers |= find_sublayers(name, block)
         self.manager: Any = StateManager(ContextState, (config,))  # type: ignore[arg-type]  # a class is what it wants
-        self.delta_gbs: dict[str, Any] | None = None
+        self.bits = BitOwner(transformer, config)
         self._transformer = transformer
-        self._timestep_at = [*inspect.signature(type(transformer).forward).parameters].index("timestep") - 1
+        names = [*inspect.signature(type(transformer).forward).parameters][1:]
+        self._timestep_at = names.index("timestep") if "timestep" in names else len(names)
         self._warned: set[str] = set()
         self._trajectory: Trajectory | None = None
         self._report = CacheReport(self.mode, len(self.blocks))
@@ -131,6 +132,7 @@ class Engine:
         context = self.manager.context
         step = self._step_of(context, args, kwargs)
         if self._trajectory is None:
+            self.bits.take()
             self._trajectory = Trajectory(self.config, context.num_inference_steps, len(self.blocks))
             self._report = CacheReport(self.mode, len(self.blocks), self._trajectory.rows)
             self._report.remarks = tuple(sorted(self._warned))
@@ -182,14 +184,9 @@ class Engine:
         return self.mode == "sublayer" and len(self._state.sublayers) == len(self.sublayers)
 
     def _apply_bits(self) -> None:
-        """Give the layers the bits of a computed step, or note those that delta-GBS has given them."""
-        layers = rounding_layers(self._transformer)
-        if self._decision is None or not self._decision.computes or not layers:
-            return
-        if self.config.bit_policy == "delta_gbs":
-            self._trajectory_().rows[-1]["bits"] = layers[0].act_bits
-        else:
-            set_act_bits(self._transformer, self._decision.bits)
+        """Give the layers the bits of a computed step, and note what they have."""
+        if self._decision is not None and self._decision.computes:
+            self._trajectory_().rows[-1]["bits"] = self.bits.choose(self._decision.bits)
 
     @torch.compiler.disable
     def end_call(self) -> None:
@@ -268,7 +265,7 @@ class Engine:
         self._next = index + 1
         if index:
             return
-        self._first = entered
+        self._first = entered if self.mode == "stack" else []
         entry = [(stream.shape, stream.dtype, stream.device) for stream in entered]
         if self._state.entry is not None and self._state.entry != entry:
             self._state.reset()
@@ -390,12 +387,6 @@ class Engine:
     def report(self) -> CacheReport:
         """Return the report of the latest trajectory, finished or not."""
         return self._report
-
-
-def rounding_layers(transformer: nn.Module) -> list[PackedLinear]:
-    """Return the packed layers of a transformer that round activations."""
-    layers = packed_modules(transformer).values()
-    return [layer for layer in layers if layer.format_type.rounds_activations(layer.spec)]
 
 
 def _added(streams: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:

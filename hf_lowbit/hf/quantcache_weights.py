@@ -74,7 +74,9 @@ class WeightPlan:
         rules = {part: self.configs[bits] for part, bits in self.bits.items() if bits != DENSE}
         if not rules:
             raise ValueError("the plan leaves every part dense, so there is nothing to quantize; lower b_avg")
-        return LowBitRecipe(rules)
+        make: Any = LowBitRecipe
+        recipe: LowBitRecipe = make(rules)
+        return recipe
 
 
 @contextlib.contextmanager
@@ -198,7 +200,8 @@ def plan_weight_bits(
     Source: Section AIGQ and Eq. (7).
     """
     if config is None:
-        config = registry.config_class("dvd_quant")()
+        make: Any = registry.config_class("dvd_quant")
+        config = make()
     quantized = sorted(bits for bits in choices if bits != DENSE)
     if not quantized or "w_bits" not in type(config).options():
         raise ValueError(f"choices must hold bits that {type(config).__name__} stores weights in, besides {DENSE}")

@@ -151,7 +151,8 @@ class CacheReport:
             panels[0].annotate(str(length), (step, value), textcoords="offset points", xytext=(0, 6), ha="center")
         panels[0].set_ylabel("D (number: interval)")
         panels[0].set_ylim(bottom=0)
-        panels[0].set_title(str(self), fontsize="medium")
+        panels[0].set_title(str(self).replace(", ", ",\n", 1), fontsize="medium")
+        panels[0].margins(y=0.15)
         with_bits = [(row["step"], row["bits"]) for row in self.rows if row["bits"] is not None]
         panels[1].bar([step for step, _ in with_bits], [bits for _, bits in with_bits], color="#8172b2")
         panels[1].set_ylabel("activation\nbits")
@@ -160,6 +161,6 @@ class CacheReport:
         panels[2].bar(steps, [len(row["pruned"]) for row in self.rows], bottom=run, color="#c44e52", label="bypassed")
         panels[2].set_ylabel("blocks")
         panels[2].set_xlabel("step")
-        panels[2].legend(loc="upper right", fontsize="small")
+        panels[2].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
         figure.savefig(target, format="png", dpi=150)
         return target

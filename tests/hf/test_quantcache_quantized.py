@@ -88,6 +88,19 @@ def test_delta_gbs_steps_aside_and_comes_back(packed):
         assert packed_modules(model)[LAYER].act_bits is None
 
 
+@pytest.mark.parametrize("policy", ["redundancy", "delta_gbs"])
+def test_transformer_that_is_quantized_after_the_cache_is_on(policy):
+    pipeline, call = video_pipelines.wan()
+    model = pipeline.transformer
+    model.enable_cache(config(bit_policy=policy, bits=(7, 5, 3)))
+    hf_lowbit.quantize(model, DVDQuantConfig())  # which enables delta-GBS of its own
+    seen, report = bits_seen(pipeline, call)
+    assert set(seen) <= {7, 5, 3}
+    assert seen[::2] == [row["bits"] for row in report.rows]
+    model.disable_cache()
+    assert (model.delta_gbs.hook.low, model.delta_gbs.hook.high) == (4, 8)
+
+
 def test_layers_get_their_stored_bits_back():
     pipeline, call = video_pipelines.wan()
     model = pipeline.transformer
