@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from hf_lowbit.cache import ReCalKVCache
     from hf_lowbit.config import CalibrationRecord, LowBitConfig, RunOptions
     from hf_lowbit.errors import CalibrationError, CheckpointError, HfLowbitError, HubError, UnsupportedModelError
-    from hf_lowbit.hf.delta_gbs import delta_gbs_report, disable_delta_gbs, enable_delta_gbs, reset_delta_gbs
     from hf_lowbit.hf.body_mesh import BiDRNForBodyMesh, BodyMeshConfig
     from hf_lowbit.hf.convs import binarize_convs, pack_convs
+    from hf_lowbit.hf.delta_gbs import delta_gbs_report, disable_delta_gbs, enable_delta_gbs, reset_delta_gbs
     from hf_lowbit.hf.entry import quantize, register
     from hf_lowbit.hf.packed import unverified
     from hf_lowbit.hf.quantcache import apply_quantcache, remove_quantcache
@@ -100,10 +100,10 @@ __all__ = [
     "RunOptions",
     "UnsupportedModelError",
     "apply_quantcache",
+    "binarize_convs",
     "delta_gbs_report",
     "disable_delta_gbs",
     "enable_delta_gbs",
-    "binarize_convs",
     "pack_convs",
     "packed_modules",
     "quantize",
