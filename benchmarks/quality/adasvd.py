@@ -290,7 +290,7 @@ def _more(samples: int, heldout: Tensor) -> Tensor:
     return torch.stack([row for row in windows if tuple(row.tolist()) not in taken][::2][:samples])
 
 
-def adapters(samples: int = 16, rank: int = 16) -> dict[str, Any]:
+def adapters(samples: int = 8, rank: int = 16) -> dict[str, Any]:
     """Return perplexity of a model with and without an adapter of what it lost, and of a larger one without.
 
     Layers are fitted to the inputs of the dense model, as in ``quick``, and aim at their own outputs: what an adapter

@@ -15,7 +15,8 @@ Differs: the refits (adaComp) need the inputs through their second moment alone,
 be averaged to fit into memory. "Stack of batch" is an option; it divides the covariance and raises the error.
 Started from the whitened truncation *of the same second moment* adaComp has nothing to gain, since that is the best
 there is; from the plain decomposition it converges to it. Both are tested, and of the start and all refits the best is
-kept. The last refit of U sees V as it is stored, which takes back part of the rounding; so it does where factors are
+kept, by the error on all calibration tokens: to hold some out and choose by them cost more than it gained (part
+``guard`` of ``benchmarks.quality.adasvd``). The last refit of U sees V as it is stored, which takes back part of the rounding; so it does where factors are
 integers or signs: V is held so that its own outputs are kept, U is refitted to what V became, and held likewise.
 
 What lowers the loss of a whole model beyond the best fit of each layer lies between layers. Each is fitted to what it
