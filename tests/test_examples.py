@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from examples import demo, long_context, super_resolution_w2a2, video_w4a4
+from examples import demo, long_context, super_resolution_w2a2, video_cached, video_w4a4
 
 
 @pytest.mark.slow
@@ -40,6 +40,18 @@ def test_push_and_pull():
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the same logits, bit for bit" in done.stdout
     assert "hf_T0ken" not in done.stdout + done.stderr
+
+
+def test_video_cached(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["video_cached", "--tiny", "--out", str(tmp_path)])
+    video_cached.main()
+    shown = capsys.readouterr().out
+    rows = {
+        name: line.split("│") for line in shown.splitlines() for name in ("QuantCache", "both") if f"│ {name} " in line
+    }
+    assert all(int(row[2]) < 24 for row in rows.values())
+    assert all(float(row[6].split()[0]) > 30 for row in rows.values())
+    assert Image.open(tmp_path / "timeline.png").size[0] > 500
 
 
 def test_video_w4a4(tmp_path, monkeypatch, capsys):
