@@ -91,6 +91,23 @@ class Scores:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageScores:
+    """What a model that makes images larger does to held-out ones, with the dense model and bicubic beside it.
+
+    Attributes:
+        data: name of the images.
+        images: how many.
+        scale: how many times larger.
+        rows: (name, PSNR in dB, SSIM, bytes or None), the compressed model first.
+    """
+
+    data: str
+    images: int
+    scale: int
+    rows: tuple[tuple[str, float, float, int | None], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelFacts:
     """Sizes and errors of one compressed model; what is not known is None, and the card then lacks the line.
 
@@ -152,7 +169,7 @@ class Facts:
     calibration: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    scores: Scores | None = None
+    scores: Scores | ImageScores | None = None
     source: str | None = None
 
 
@@ -291,31 +308,49 @@ def calibration_text(rule: LowBitConfig) -> str:
     return f"{rule.method}: {'; '.join(known)}."
 
 
-def read_scores(results: Mapping[str, Any], models: Mapping[str, Inspection]) -> Scores:
+def _image_scores(results: Mapping[str, Any]) -> ImageScores | None:
+    """Return scores of images, None if the result is none of them; see :func:`read_scores`."""
+    rows = [
+        (str(name), float(row["psnr"]), float(row["ssim"]), None if row["bytes"] is None else int(row["bytes"]))
+        for name, row in results["models"].items()
+    ]
+    sound = 2 <= len(rows) <= 3 and all(0 < row[1] < 1000 and -1 <= row[2] <= 1 for row in rows) and rows[0][3]
+    found = ImageScores(str(results["data"]), int(results["images"]), int(results["scale"]), tuple(rows))
+    return found if sound else None
+
+
+def read_scores(results: Mapping[str, Any], models: Mapping[str, Inspection]) -> Scores | ImageScores:
     """Read a result of ``hf-lowbit eval --json``.
 
     Raises:
         ValueError: it is none, or was measured on other bytes than these.
     """
+    scores: Scores | ImageScores | None
     try:
-        rows = []
-        for name, row in results["models"].items():
-            speed = row.get("tokens_per_second")
-            rows.append(
-                (str(name), float(row["perplexity"]), int(row["bytes"]), None if speed is None else float(speed))
-            )
-        scores = Scores(
-            str(results["data"]), int(results["samples"]), int(results["sequence_length"]), tuple(rows[:2])
-        )
-        sound = len(rows) in (1, 2) and all(1 <= row[1] < float("inf") for row in rows)
+        if "scale" in results:
+            scores = _image_scores(results)
+        else:
+            scores = _text_scores(results)
     except (KeyError, TypeError, ValueError, AttributeError):
-        sound = False
-    if not sound:
+        scores = None
+    if scores is None:
         raise ValueError("results must be what `hf-lowbit eval PATH --against DENSE --json` printed")
     sizes = {facts.total_bytes or 0 for facts in map(model_facts, models.values())}
-    if scores.rows[0][2] not in sizes:
+    measured = scores.rows[0][3] if isinstance(scores, ImageScores) else scores.rows[0][2]
+    if measured not in sizes:
         raise ValueError(
-            f"results: were measured on a model of {scores.rows[0][2]:,} bytes, this one has "
+            f"results: were measured on a model of {measured:,} bytes, this one has "
             f"{', '.join(f'{size:,}' for size in sorted(sizes))}; measure it with `hf-lowbit eval`"
         )
     return scores
+
+
+def _text_scores(results: Mapping[str, Any]) -> Scores | None:
+    """Return perplexities, None if the result is none of them; see :func:`read_scores`."""
+    rows = []
+    for name, row in results["models"].items():
+        speed = row.get("tokens_per_second")
+        rows.append((str(name), float(row["perplexity"]), int(row["bytes"]), None if speed is None else float(speed)))
+    found = Scores(str(results["data"]), int(results["samples"]), int(results["sequence_length"]), tuple(rows[:2]))
+    sound = len(rows) in (1, 2) and all(1 <= row[1] < float("inf") for row in rows)
+    return found if sound else None

@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_lowbit import registry
-from hf_lowbit.hf.card import DATASETS, CardFields, Facts
+from hf_lowbit.hf.card import DATASETS, CardFields, Facts, ImageScores
 from hf_lowbit.report.tables import error_text, size_text
 
 TAG = "hf_lowbit"
@@ -36,7 +36,9 @@ def metadata(facts: Facts) -> ModelCardData:
     """Return the front matter of a card."""
     methods = registry.methods()
     results = None
-    if facts.scores is not None:
+    if isinstance(facts.scores, ImageScores):
+        results = _image_results(facts.scores)
+    elif facts.scores is not None:
         own, *dense = facts.scores.rows
         data = DATASETS.get(facts.scores.data)
         beside = f" (dense model: {dense[0][1]:.2f})" if dense else ""
@@ -64,6 +66,25 @@ def metadata(facts: Facts) -> ModelCardData:
         eval_results=results,
         **{key: value for key, value in optional.items() if value},
     )
+
+
+def _image_results(scores: ImageScores) -> list[EvalResult]:
+    """Return PSNR and SSIM of the compressed model, with those of the others in the name."""
+    (_, *own), *others = scores.rows
+    found = []
+    for place, (metric, name, digits) in enumerate((("psnr", "PSNR of the luma, dB", 2), ("ssim", "SSIM", 4))):
+        beside = ", ".join(f"{escaped(row[0])}: {row[1 + place]:.{digits}f}" for row in others)
+        found.append(
+            EvalResult(
+                task_type="image-to-image",
+                dataset_type="images",
+                dataset_name=f"{escaped(scores.data)}, {scores.images} images, {scores.scale} times larger",
+                metric_type=metric,
+                metric_name=f"{name} ({beside})",
+                metric_value=round(float(own[place] or 0), digits),
+            )
+        )
+    return found
 
 
 def render(facts: Facts) -> str:

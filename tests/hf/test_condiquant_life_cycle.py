@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageToImage, Swin2SRForImageSuperResolution, Swin2SRModel
 from typer.testing import CliRunner
@@ -13,6 +14,10 @@ from hf_lowbit import CheckpointError, CondiQuantConfig, packed_modules, unverif
 from hf_lowbit.calibration.images import enlarge, load_images, shrink
 from hf_lowbit.cli import app
 from hf_lowbit.compress.checksums import metadata_of
+from hf_lowbit.hf.card import CardFields, facts_of
+from hf_lowbit.hf.card_page import render
+from hf_lowbit.hf.pull import pull
+from hf_lowbit.hf.push_model import push_model
 from hf_lowbit.methods.condiquant.attention import QuantizedAttention, converted
 from hf_lowbit.report.inspect import inspect
 from hf_lowbit.report.super_resolution import evaluate_images
@@ -192,6 +197,34 @@ def test_eval_is_beside_bicubic(packed, dense, images):
         for image in load_images(images)[:2]
     ]
     assert result["models"]["bicubic"]["psnr"] == pytest.approx(sum(expected) / 2)
+
+
+def test_pushed_and_loaded_from_the_hub(packed, hub):
+    folder, want = packed
+    model = AutoModelForImageToImage.from_pretrained(folder)
+    push_model(model, "user/sr-2bit", fields=CardFields("org/sr", "mit"))
+    assert torch.equal(reconstruction(AutoModelForImageToImage.from_pretrained("user/sr-2bit")), want)
+    assert "CondiQuant" in (pull("user/sr-2bit", folder.with_name("pulled")) / "README.md").read_text()
+    assert not verify(folder.with_name("pulled")).problems
+
+
+def test_card_shows_what_eval_measured(packed, dense, images):
+    result = json.loads(json.dumps(evaluate_images(packed[0], str(images), dense)))
+    text = render(facts_of(packed[0], "user/sr-2bit", CardFields("org/sr", "mit"), results=result))
+    own = result["models"]["sr-2bit"]
+    assert f"| sr-2bit (this model) | {own['psnr']:.2f} | {own['ssim']:.4f} |" in text
+    assert f"| bicubic | {result['models']['bicubic']['psnr']:.2f} |" in text
+    assert "pipeline_tag: image-to-image" in text
+    assert "AutoModelForImageToImage.from_pretrained" in text
+    assert "a folder of images, not published; 4 patches of 16 pixels" in text
+    data = ModelCard(text).data
+    assert [(one.metric_type, one.metric_value) for one in data.eval_results] == [
+        ("psnr", round(own["psnr"], 2)),
+        ("ssim", round(own["ssim"], 4)),
+    ]
+    for change in ({"models": {}}, {"scale": "two"}, {"images": None}):
+        with pytest.raises(ValueError, match="results must be what"):
+            facts_of(packed[0], "user/sr-2bit", CardFields("org/sr", "mit"), results={**result, **change})
 
 
 def run(*arguments):
