@@ -16,9 +16,10 @@ from torch.profiler import profile
 
 import hf_lowbit
 from hf_lowbit import DVDQuantConfig, LowBitRecipe, PackedLinear, RunOptions, delta_gbs_report, packed_modules
+from hf_lowbit.hf.save import save_model
 from hf_lowbit.report.inspect import inspect
 from tests import pipelines
-from tests.video import assert_same, free, stored_tensors
+from tests.video import assert_same, free, rewrite, stored_tensors
 
 QUIET = RunOptions(progress=False)
 # what belongs into packed layers, written out for each family: (weights and activations, weights only)
@@ -327,3 +328,46 @@ def test_memory_while_loading_is_that_of_a_layer_above_the_packed_model(tmp_path
     assert beyond[8] == pytest.approx(beyond[2], abs=layer)
     dense = 4 * 8 * (8 * 128 * 128 + 2 * 128 * 512)
     assert beyond[8] < dense / 2  # so that holding all dense weights would be seen
+
+
+# Damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("leaf", "change", "message"),
+    [
+        ("weight_packed", lambda t: t[:, 1:].contiguous(), r"attn1\.to_q.*weight_packed"),
+        ("weight_packed", lambda t: t.to(torch.int32), r"attn1\.to_q.*weight_packed"),
+        ("weight_scale", lambda t: t.fill_(float("inf")), r"attn1\.to_q.*scale"),
+        ("weight_smooth", lambda t: t.fill_(0), r"attn1\.to_q.*smooth"),
+        ("weight_zero_point", None, r"attn1\.to_q.*weight_zero_point"),
+    ],
+)
+def test_damaged_files_are_refused(wan, tmp_path, leaf, change, message):
+    load_wan(wan).save_pretrained(tmp_path)
+    name = f"blocks.0.attn1.to_q.{leaf}"
+
+    def damage(tensors):
+        if change is None:
+            del tensors[name]
+        else:
+            tensors[name] = change(tensors[name])
+
+    rewrite(tmp_path, damage)  # with checksums that fit
+    with pytest.raises(hf_lowbit.CheckpointError, match=message):
+        diffusers.WanTransformer3DModel.from_pretrained(tmp_path)
+
+
+def test_save_that_breaks_off_leaves_the_old_model(wan, tmp_path, monkeypatch):
+    model = load_wan(wan)
+    save_model(model, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_model(load_wan(wan, preset="w4a8"), tmp_path / "model", overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
