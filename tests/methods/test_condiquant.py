@@ -284,6 +284,14 @@ def test_a_name_filter_leaves_layers_dense():
     assert not any("intermediate" in name for name in names)
 
 
+def test_attention_of_which_a_part_is_dense_gets_no_grids(caplog):
+    model = tiny_model()
+    with caplog.at_level(logging.WARNING):
+        hf_lowbit.quantize(model, quick(skip=("layers.0.attention.self.key",)))
+    assert [name for name, _ in attention.converted(model)] == ["swin2sr.encoder.stages.0.layers.1.attention.self"]
+    assert "1 attention modules have no grids" in caplog.text
+
+
 # Learned grids -------------------------------------------------------------------------------------------------------
 
 

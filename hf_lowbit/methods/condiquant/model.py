@@ -80,21 +80,28 @@ def _state_unknown(model: nn.Module, options: CondiQuantConfig, grids: dict[str,
     """Say which attention stays in full precision although it should not."""
     if not options.quantize_attention or options.act_mode == "none":
         return
-    others = [
-        name
+    others = {
+        name: module
         for name, module in model.named_modules()
         if name not in grids and attention.looks_like_attention(module)
         if any(_rounds(child) for child in module._modules.values())
-    ]
-    if others:
-        kinds = sorted({type(model.get_submodule(name)).__name__ for name in others})
+    }
+    partial = [name for name, module in others.items() if attention.is_known(module)]
+    unknown = sorted({type(module).__name__ for name, module in others.items() if name not in partial})
+    if partial:
+        logger.warning(
+            "%d attention modules have no grids, because not all of their queries, keys and values are quantized (%s)",
+            len(partial),
+            ", ".join(partial[:3]),
+        )
+    if unknown:
         logger.warning(
             "%d attention modules (%s) are of no known kind: their linear layers are quantized, what happens between "
             "queries, keys, values and soft-max stays in full precision; quantize_attention=False states that",
-            len(others),
-            ", ".join(kinds),
+            len(others) - len(partial),
+            ", ".join(unknown),
         )
-    elif not grids:
+    elif not grids and not partial:
         logger.warning("the model has no attention of a known kind; only linear layers are quantized")
 
 
