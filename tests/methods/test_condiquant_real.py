@@ -1,0 +1,63 @@
+"""CondiQuant on a trained model and photographs that it has not seen."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageToImage
+
+from assets import super_resolution
+from benchmarks.quality.condiquant import VARIANTS, held_out, measure
+from hf_lowbit.report.super_resolution import score
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """PSNR of bicubic interpolation and of the dense model."""
+    model = AutoModelForImageToImage.from_pretrained(super_resolution.swin2sr()).eval()
+    return score(None, held_out(), 2)["psnr"], score(model, held_out(), 2)["psnr"]
+
+
+@pytest.fixture(scope="module")
+def psnr():
+    """PSNR of a variant at a width, each measured once."""
+    torch.set_num_threads(1)
+    known = {}
+
+    def of(bits, variant):
+        if (bits, variant) not in known:
+            known[bits, variant] = measure(super_resolution.swin2sr(), bits, VARIANTS[variant])
+        return known[bits, variant]["psnr"]
+
+    return of
+
+
+def test_dense_model_is_worth_quantizing(dense):
+    bicubic, own = dense
+    assert own >= bicubic + 0.8
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_searched_grids_are_above_whole_ranges(psnr, bits):
+    assert psnr(bits, "condiquant") >= psnr(bits, "minmax") - 0.02  # repeated draws of samples differ by as much
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_every_width_is_above_bicubic(psnr, dense, bits):
+    assert psnr(bits, "condiquant") >= dense[0] + 0.5
+
+
+def test_four_bits_cost_next_to_nothing(psnr, dense):
+    assert psnr(4, "dobi") >= dense[1] - 0.15
+
+
+def test_learned_grids_bring_two_bits_back(psnr, dense):
+    assert psnr(2, "condiquant-dqc") >= 29.8
+    assert psnr(2, "condiquant-dqc") >= psnr(2, "condiquant") - 0.02
+
+
+def test_files_are_as_large_as_inspect_says():
+    found = measure(super_resolution.swin2sr(), 2, {"cond_strength": 0.01})
+    assert found["bytes"] == found["inspected_bytes"]
+    assert found["condition_after"] < found["condition_before"] / 10
+    assert found["output_change"] < 0.1
