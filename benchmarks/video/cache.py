@@ -198,12 +198,13 @@ def mag_ratios(bench: Bench) -> list[float]:
     return [1.0, *(float((b / a).mean()) for a, b in itertools.pairwise(norms))]
 
 
-def sweep(bench: Bench) -> list[Made]:
-    """Measure every setting of every cache."""
-    rows = []
+def sweep(bench: Bench, keep: Callable[[list[Made]], None]) -> None:
+    """Measure every setting of every cache; what there is so far is kept after each."""
+    rows: list[Made] = []
     for settings in quantcache_settings():
         rows.append(bench.measure("QuantCache", settings, QuantCacheConfig(**settings)))
         _tell(rows[-1])
+        keep(rows)
     ratios = mag_ratios(bench)
     refused: dict[str, str] = {}
     for name, settings, make in others(bench.pipeline):
@@ -221,7 +222,7 @@ def sweep(bench: Bench) -> list[Made]:
             rows.append({"cache": name, "settings": settings, "failure": refused[name]})
             continue
         _tell(rows[-1])
-    return rows
+        keep(rows)
 
 
 # With quantized weights and activations -----------------------------------------------------------------------------
@@ -234,10 +235,10 @@ QUANTIZED = {
 }
 
 
-def together(bench: Bench, outliers: bool) -> list[Made]:
-    """Return errors of DVD-Quant alone, of QuantCache alone, and of both, all against the dense model uncached."""
+def together(bench: Bench, outliers: bool, keep: Callable[[list[Made]], None]) -> None:
+    """Measure errors of DVD-Quant alone, of QuantCache alone, and of both, all against the dense model uncached."""
     dense = bench.model
-    rows = []
+    rows: list[Made] = []
     for order in (0, 1):
         cache = {**TOGETHER, "extrapolation": order}
         alone = bench.measure("QuantCache", cache, QuantCacheConfig(**cache))
@@ -264,17 +265,11 @@ def together(bench: Bench, outliers: bool) -> list[Made]:
                         "computed": [alone["computed"], report.computed],
                         "errors": [plain["error"], alone["error"], both["error"]],
                         "psnr": [plain["psnr"], alone["psnr"], both["psnr"]],
-                        "bound": _bound(plain["error"], alone["error"]),
                     }
                 )
                 print(rows[-1], flush=True)
+                keep(rows)
             bench.model, bench.pipeline = dense, video.pipeline(dense)
-    return rows
-
-
-def _bound(first: float, second: float) -> float:
-    """Return the mean square that two root mean squares add up to: the sum of both errors."""
-    return (math.sqrt(first) + math.sqrt(second)) ** 2
 
 
 def _tell(row: Made) -> None:
@@ -322,10 +317,16 @@ def main() -> int:
                 continue
             bench = Bench(video.load(arguments.budget, outliers=outliers))
             setup = {"steps": STEPS, "seeds": SEEDS, "prompts": len(video.PROMPTS), "blocks": len(bench.model.blocks)}
-            rows = sweep(bench) if part == "sweep" else together(bench, outliers)
             name = part if part == "sweep" else f"{part}{'-outliers' if outliers else ''}"
-            if arguments.budget == "full":
-                write_result(f"video_cache/{name}", {**setup, "rows": rows})
+
+            def keep(rows: list[Made], name: str = name, setup: Made = setup) -> None:
+                if arguments.budget == "full":
+                    write_result(f"video_cache/{name}", {**setup, "rows": rows})
+
+            if part == "sweep":
+                sweep(bench, keep)
+            else:
+                together(bench, outliers, keep)
     results = read_results("video_cache")
     if "sweep" in results:
         print(save_plot(results["sweep"]["rows"]))

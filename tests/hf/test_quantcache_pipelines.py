@@ -1,7 +1,9 @@
 """QuantCache on whole pipelines of diffusers: what is reused, when nothing can be, and that it leaves no trace."""
 
+import ast
 import json
 import logging
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 import hf_lowbit
 from hf_lowbit import QuantCacheConfig, UnsupportedModelError, apply_quantcache, remove_quantcache
 from hf_lowbit.hf.quantcache import cache_report
+from hf_lowbit.hf.quantcache_blocks import _MORE_BLOCKS
 from hf_lowbit.methods.quantcache.algorithm import cache_bytes
 from tests import video_pipelines
 from tests.video_pipelines import ARCHITECTURES, STEPS, latents
@@ -451,6 +454,27 @@ def test_blocks_that_diffusers_does_not_list():
     del model._diffusers_hook
     model.enable_cache(config())
     assert TransformerBlockRegistry.get(kind).return_hidden_states_index == 0
+
+
+def test_places_of_streams_are_those_in_the_source():
+    """Arguments and results of every class that is listed beside diffusers' own registry, read without an import."""
+    folder = Path(diffusers.__file__).parent / "models" / "transformers"
+    classes = {}
+    for file in folder.glob("*.py"):
+        text = file.read_text()
+        if any(f"class {name}(" in text for name in _MORE_BLOCKS):
+            classes |= {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+    for name, (hidden, second, argument) in _MORE_BLOCKS.items():
+        forward = next(f for f in classes[name].body if isinstance(f, ast.FunctionDef) and f.name == "forward")
+        names = [a.arg for a in forward.args.args]
+        assert "hidden_states" in names
+        assert (second is None) == (argument == "")
+        assert not argument or argument in names
+        for node in (node for node in ast.walk(forward) if isinstance(node, ast.Return)):
+            found = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            assert len(found) == 1 + (second is not None), name
+            assert found[hidden].id == "hidden_states", name
+            assert second is None or found[second].id == argument, name
 
 
 def test_unknown_blocks_are_refused(plain):
