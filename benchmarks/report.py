@@ -16,7 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cards, report_adasvd, report_kernels, report_pbs2p, report_recalkv, report_texts
+from benchmarks import (
+    cards,
+    report_adasvd,
+    report_cache,
+    report_condiquant,
+    report_kernels,
+    report_kv,
+    report_pbs2p,
+    report_recalkv,
+    report_texts,
+    report_video_speed,
+)
 from benchmarks.common import RESULTS, ROOT, read_results
 from benchmarks.tables import number as _number
 from benchmarks.tables import table as _table
@@ -167,8 +178,12 @@ TABLES: dict[str, Callable[[], str]] = {
     **report_kernels.TABLES,
     **report_pbs2p.TABLES,
     **report_adasvd.TABLES,
+    **report_cache.TABLES,
+    **report_condiquant.TABLES,
     **report_texts.TABLES,
+    **report_video_speed.TABLES,
     **report_recalkv.TABLES,
+    **report_kv.TABLES,
 }
 
 
