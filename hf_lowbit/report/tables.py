@@ -195,7 +195,8 @@ def options_table(method: Method) -> Table:
         f"{method.name}: {method.title}, arXiv {method.paper}",
         ["option", "default", "allowed", "what it is"],
         [],
-        f"give them as --option name=value, or in Python as {method.config.__name__}(name=value)",
+        f"{'' if method.unit == 'pipeline' else 'give them as --option name=value, or '}in Python as "
+        f"{method.config.__name__}(name=value)",
     )
     for row in options_json(method):
         default = str(row["default"]).lower() if isinstance(row["default"], bool) else str(row["default"])
