@@ -16,8 +16,9 @@ be averaged to fit into memory. "Stack of batch" is an option; it divides the co
 Started from the whitened truncation *of the same second moment* adaComp has nothing to gain, since that is the best
 there is; from the plain decomposition it converges to it. Both are tested, and of the start and all refits the best is
 kept, by the error on all calibration tokens: to hold some out and choose by them cost more than it gained (part
-``guard`` of ``benchmarks.quality.adasvd``). The last refit of U sees V as it is stored, which takes back part of the rounding; so it does where factors are
-integers or signs: V is held so that its own outputs are kept, U is refitted to what V became, and held likewise.
+``guard`` of ``benchmarks.quality.adasvd``). The last refit of U sees V as it is stored, which takes back part of the
+rounding; so it does where factors are integers or signs: V is held so that its own outputs are kept, U is refitted to
+what V became, and held likewise.
 
 What lowers the loss of a whole model beyond the best fit of each layer lies between layers. Each is fitted to what it
 receives once the layers before it are compressed, and aims half way between its own outputs there and those of the
