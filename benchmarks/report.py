@@ -26,6 +26,7 @@ from benchmarks import (
     report_pbs2p,
     report_recalkv,
     report_texts,
+    report_video,
     report_video_speed,
 )
 from benchmarks.common import RESULTS, ROOT, read_results
@@ -181,6 +182,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **report_cache.TABLES,
     **report_condiquant.TABLES,
     **report_texts.TABLES,
+    **report_video.TABLES,
     **report_video_speed.TABLES,
     **report_recalkv.TABLES,
     **report_kv.TABLES,

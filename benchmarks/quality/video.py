@@ -67,7 +67,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 WIDTHS = (16, 8, 6, 4)
 # What the schedules are tried with: the figures of a first implementation were made at this size of groups.
 SCHEDULED = dict(GROUPED)
-STEPS, DELTAS, DRAWS = 30, (0.02, 0.04, 0.06, 0.09, 0.12, 0.18, 0.3), 8
+STEPS, DELTAS, DRAWS = 30, (0.02, 0.04, 0.06, 0.09, 0.12, 0.18, 0.3), 6
 # Wan2.1-1.3B; the config of `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`.
 WAN = {
     "patch_size": (1, 2, 2), "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16,
@@ -158,15 +158,24 @@ def with_delta(model: Any, delta: float, want: Any) -> dict[str, Any]:
     return {"psnr": video.psnr(found, want), "bits": list(report.bits), "mean": report.mean_bits, "changes": changes}
 
 
-def delta_for(model: Any, mean: float, want: Any, tries: int = 7) -> tuple[float, dict[str, Any]]:
-    """Return the δ, by halving in the logarithm, whose mean width is nearest to ``mean``, and its row."""
-    low, high, rows = 0.01, 1.0, {}
+def delta_for(model: Any, mean: float, want: Any, known: dict[float, dict[str, Any]], tries: int = 3) -> float:
+    """Return the δ whose mean width is nearest to ``mean``: of those known, or between the two around it.
+
+    Args:
+        model: quantized.
+        mean: bits.
+        want: videos of the float model.
+        known: rows of some δ; those of further ones are added.
+        tries: how often the stretch between two is halved, in the logarithm.
+    """
     for _ in range(tries):
-        delta = (low * high) ** 0.5
-        rows[delta] = with_delta(model, delta, want)
-        low, high = (delta, high) if rows[delta]["mean"] > mean else (low, delta)
-    best = min(rows, key=lambda delta: abs(rows[delta]["mean"] - mean))
-    return best, rows[best]
+        above = [delta for delta in known if known[delta]["mean"] > mean]
+        below = [delta for delta in known if known[delta]["mean"] <= mean]
+        if not above or not below:
+            break
+        delta = (max(above) * min(below)) ** 0.5
+        known[delta] = with_delta(model, delta, want)
+    return min(known, key=lambda delta: abs(known[delta]["mean"] - mean))
 
 
 def schedules() -> dict[str, Any]:
@@ -178,8 +187,10 @@ def schedules() -> dict[str, Any]:
         rows: dict[str, Any] = {"all": {}}
         for bits in (4, 8):
             rows["all"][str(bits)] = video.psnr(scheduled(found, [bits] * STEPS), want)
-        rows["delta"] = {str(delta): with_delta(found, delta, want) for delta in tqdm(DELTAS, desc=f"{kind}, δ")}
-        delta, row = delta_for(found, 6.0, want)
+        tried = {delta: with_delta(found, delta, want) for delta in tqdm(DELTAS, desc=f"{kind}, δ")}
+        rows["delta"] = {str(delta): row for delta, row in tried.items()}
+        delta = delta_for(found, 6.0, want, tried)
+        row = tried[delta]
         rows["mean 6"] = {"delta": delta, **row}
         for name, orders in tqdm(named_schedules(row["bits"].count(8)).items(), desc=f"{kind}, others"):
             rows[name] = [video.psnr(scheduled(found, order), want) for order in orders]
