@@ -7,6 +7,7 @@ Sampling is deterministic: the same images, seed and sizes give the same patches
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,13 +25,15 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def load_images(data: Any) -> list[Tensor]:
-    """Return the images of a source.
+def load_images(data: Any, most: int | None = None, seed: int | None = None) -> list[Tensor]:
+    """Return the images of a source, all of them in memory.
 
     Args:
         data: an image file or a folder of them (sorted by name), or several images: file names, PIL images, arrays
             or tensors (H, W, 3), (3, H, W) or (H, W), uint8 or floating from 0 to 1; a batch of them in one; or a
             dataset whose rows are mappings with the key "image".
+        most: read no more than so many; None reads all.
+        seed: of the draw, if there are more; None takes the first ones, and so it is where their number is unknown.
 
     Returns:
         (3, H, W) each, float32, 0 to 1; grey images get three equal channels.
@@ -39,12 +42,24 @@ def load_images(data: Any) -> list[Tensor]:
         CalibrationError: the source is missing, empty, unreadable or holds no images; says which one.
     """
     if isinstance(data, (str, Path)):
-        found = [_read(path) for path in _files(Path(data))]
+        found = [_read(path) for path in _drawn(_files(Path(data)), most, seed)]
     else:
-        found = [_as_image(item, f"image {number}") for number, item in enumerate(_items(data))]
+        items = enumerate(_drawn(_items(data), most, seed))
+        found = [_as_image(item, f"image {number}") for number, item in items]
     if not found:
         raise CalibrationError("there are no images to calibrate on")
     return found
+
+
+def _drawn(items: Any, most: int | None, seed: int | None) -> Iterable[Any]:
+    """Return at most so many items, in their order."""
+    count = len(items) if hasattr(items, "__len__") else None
+    if most is None or (count is not None and count <= most):
+        return items
+    if count is None or seed is None or not hasattr(items, "__getitem__"):
+        return itertools.islice(iter(items), most)
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
+    return [items[index] for index in chosen.tolist()]
 
 
 def _files(path: Path) -> list[Path]:
@@ -58,12 +73,12 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _items(data: Any) -> Iterable[Any]:
+def _items(data: Any) -> Any:
     """Return the images one by one; a dataset, and an array of four dimensions, hold several."""
-    if hasattr(data, "shape") or _is_picture(data):
+    if isinstance(data, Tensor) or hasattr(data, "__array_interface__") or _is_picture(data):
         shape = getattr(data, "shape", ())
         return data if len(shape) == 4 else [data]
-    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+    if isinstance(data, Mapping) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
         raise CalibrationError(
             f"images must be a folder, a file, a list of images or a dataset, got {type(data).__name__}"
         )
@@ -188,7 +203,7 @@ def calibration_patches(config: Any, scale: int | None, multiple: int) -> tuple[
             "the model's config has no 'upscale', so it is not known by how much images must be shrunk; pass images "
             "as the model receives them, with degradation='none'"
         )
-    images = [image.unsqueeze(0) for image in load_images(config.calibration)]
+    images = [image.unsqueeze(0) for image in load_images(config.calibration, config.samples, config.seed)]
     if config.degradation == "bicubic" and scale is not None:
         if small := [n for n, image in enumerate(images) if min(image.shape[-2:]) < scale]:
             raise CalibrationError(f"image {small[0]}: is smaller than the scale {scale} that it would be shrunk by")

@@ -157,6 +157,6 @@ def check_data(config: LowBitConfig) -> None:
     if isinstance(calibrated.calibration, CalibrationRecord):
         raise ValueError("the recipe only records what a run was calibrated on; name the data with --calibration")
     if calibrated.needs == "images":
-        load_images(calibrated.calibration)
+        load_images(calibrated.calibration, most=1)
     elif calibrated.calibration not in DATASETS:
         load_texts(calibrated.calibration)

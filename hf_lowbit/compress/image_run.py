@@ -39,11 +39,17 @@ def draw_patches(run: Run, config: ImageConfig) -> tuple[list[Tensor], Calibrati
 
     Raises:
         ValueError: the run has several processes.
+        UnsupportedModelError: the model does not take RGB images.
         CalibrationError: there are no images.
     """
     if run.team.size > 1:
         raise ValueError(
             "a run that is calibrated on images is short and takes one process; start it without torchrun"
+        )
+    channels = getattr(getattr(run.model, "config", None), "num_channels", 3)
+    if channels != 3:
+        raise UnsupportedModelError(
+            f"{type(run.model).__name__} takes images of {channels} channels; RGB is supported"
         )
     patches, record = calibration_patches(config, scale_of(run.model), multiple_of(run.model))
     return list(patches.split(run.options.batch_size)), record

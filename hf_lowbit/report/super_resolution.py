@@ -76,7 +76,7 @@ def evaluate_images(
         names = [f"{name} ({role})" for name, role in zip(names, ("model", "against"), strict=True)]
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    images = load_images(data)[:samples]
+    images = load_images(data, samples)
     rows: dict[str, dict[str, Any]] = {}
     scales = set()
     for name, place, checkpoint in zip(names, places, checkpoints, strict=True):

@@ -159,6 +159,35 @@ def test_padding_mirrors(size):
         assert torch.equal(found[..., : size[0], size[1]], image[..., -1])
 
 
+class Dataset:
+    """As those of `datasets` are: a shape of rows and columns, rows by index, and reading takes time."""
+
+    def __init__(self, count):
+        self.shape, self.read = (count, 2), []
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError
+        self.read.append(index)
+        return {"image": picture(photo(seed=index)), "label": index}
+
+
+def test_no_more_images_are_read_than_are_needed(folder):
+    rows = Dataset(1000)
+    calibration_patches(config(rows, samples=6), 2, 8)
+    assert len(rows.read) == 6
+    assert max(rows.read) > 100  # drawn from all of them
+    first = Dataset(1000)
+    assert len(load_images(first, 3)) == 3
+    assert first.read == [0, 1, 2]
+    assert len(load_images((photo(seed=i) for i in range(10)), 4, seed=0)) == 4
+    assert len(load_images(folder, 2)) == 2
+    assert len(load_images(Dataset(3))) == 3
+
+
 def test_reconstruction_of_any_size():
     class Twice(torch.nn.Module):
         def forward(self, images):

@@ -276,6 +276,22 @@ def test_other_models_get_linear_layers_and_a_statement(caplog):
         compress_model(Other(), quick())
 
 
+def test_models_of_other_colours_are_refused_by_name():
+    with pytest.raises(hf_lowbit.UnsupportedModelError, match="takes images of 1 channels"):
+        hf_lowbit.quantize(tiny_model(num_channels=1, num_channels_out=1), quick())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models(dtype):
+    model, dense, images = tiny_model().to(dtype), tiny_model(), photos(2, 16)
+    hf_lowbit.quantize(model, quick(weight_bits=8, act_bits=8))
+    with torch.no_grad():
+        found = model(images.to(dtype)).reconstruction
+        assert found.dtype == dtype
+        assert relative(found.float(), dense(images).reconstruction) < 0.05
+    assert {layer.weight_bounds.dtype for layer in packed_modules(model).values()} == {torch.float32}
+
+
 def test_a_name_filter_leaves_layers_dense():
     model = tiny_model()
     hf_lowbit.quantize(model, quick(skip=("intermediate.dense",)))
