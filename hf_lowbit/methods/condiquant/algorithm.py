@@ -138,7 +138,7 @@ def fit(weight: Tensor, stats: Any, options: CondiQuantConfig, where: str, trace
         raise ValueError(f"{where}: weight holds NaN or infinity")
     parts = parts_of(where, len(original))
     act_bounds = input_bounds(stats, options, where)
-    moment = stats.second_moment(torch.float64) if stats is not None and options.conditions else None
+    moment = _moment_of(stats, where) if stats is not None and options.conditions else None
     candidates = options.strengths if moment is not None else (0.0,)
     rows = None if stats is None else stats.sample
     wanted = None if rows is None else rows.to(original) @ original.T
@@ -177,14 +177,20 @@ def _as_met(rows: Tensor, act_bounds: Tensor | None, options: CondiQuantConfig) 
     return on_range(rows, ends, options.act_bits)
 
 
+def _moment_of(stats: Any, where: str) -> Tensor | None:
+    """Return the second moment of a layer's inputs, float64; None, said in a warning, where it is not finite."""
+    if bool(torch.isfinite(stats.total).all()):
+        found: Tensor = stats.second_moment(torch.float64)
+        return found
+    logger.warning("%s: the second moment of its inputs is not finite; it is not conditioned", where)
+    return None
+
+
 def _conditioned_or_kept(
     weight: Tensor, moment: Tensor | None, strength: float, parts: int, options: CondiQuantConfig, where: str
 ) -> Tensor:
     """Return the conditioned weight, or the weight as it is where there are no singular values to be had."""
     if moment is None or (strength == 0 and options.regularizer != "clip"):
-        return weight
-    if not bool(torch.isfinite(moment).all()):
-        logger.warning("%s: the second moment of its inputs is not finite; it is not conditioned", where)
         return weight
     if not float(moment.diagonal().sum()) > 0:
         logger.warning("%s: receives only zeros; it is not conditioned", where)
