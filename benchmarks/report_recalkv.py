@@ -205,7 +205,18 @@ def paper() -> str:
     return table(["paper, WikiText2: Palu, ReCalKV", "dense", *RATIOS], rows)
 
 
+def singles() -> str:
+    """Return what one change alone does."""
+    found = _figures("singles")
+    if not found:
+        return NOT_YET
+    beside = _figures("table").get("B, 0.4")
+    rows = [["B", _both(beside)], *([title, _both(row)] for title, row in found.items())]
+    return table(["one change to variant B", "perplexity"], rows)
+
+
 TABLES = {
+    "recalkv-singles": singles,
     "recalkv-perplexity": perplexities,
     "recalkv-summary": summary,
     "recalkv-runs": runs,

@@ -33,7 +33,8 @@ from hf_lowbit.report.evaluate import heldout_tokens
 
 PIECE = 512
 DEPTHS = (0.1, 0.5, 0.9)
-NEEDLES = (("Tobermory", "48 16 93"), ("Lillesand", "70 25 61"), ("Ravensburg", "39 84 12"))
+NEEDLES = (("Tobermory", "48 16 93"), ("Lillesand", "70 25 61"))
+LENGTHS = (512, 2048, 4096)  # of texts with a needle
 NEEDLE = "The secret number of {} is {}."
 # Reads in pieces with every cache; None is the dense model.
 CACHES: dict[str, int | None] = {"dense": None, "latents": 0, "latents, 8 bits": 8, "latents, 4 bits": 4}
@@ -132,7 +133,7 @@ def main() -> None:
     path = assets.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(path)
     texts = heldout_tokens(assets.wikipedia("heldout"), tokenizer, arguments.texts, arguments.tokens)
-    lengths = [length for length in (512, 2048, 4096, 8192) if length <= arguments.tokens]
+    lengths = [length for length in LENGTHS if length <= arguments.tokens]
     models = {None: AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)}
     models[0] = AutoModelForCausalLM.from_pretrained(compressed(), dtype=torch.bfloat16)
     rows: dict[str, Any] = {}
@@ -143,7 +144,10 @@ def main() -> None:
             "needles": needles(model, tokenizer, texts[:1], bits, lengths),
         }
         print(name, rows[name], flush=True)
-    write_result("kv_quality", {"texts": list(texts.shape), "lengths": lengths, "needles": len(NEEDLES), "rows": rows})
+    write_result(
+        "kv_quality",
+        {"texts": list(texts.shape), "lengths": lengths, "needles": len(NEEDLES) * len(DEPTHS), "rows": rows},
+    )
 
 
 if __name__ == "__main__":

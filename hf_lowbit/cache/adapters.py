@@ -24,11 +24,11 @@ from transformers.cache_utils import (
 )
 
 from hf_lowbit.cache.attention import LatentAttention, Structure, convert_attention
-from hf_lowbit.cache.layers import SINK_TOKENS
 from hf_lowbit.cache.probe import difference, norm_shift
 from hf_lowbit.cache.projection import become, is_latent
 from hf_lowbit.errors import UnsupportedModelError
 from hf_lowbit.fused_qkv import FUSED
+from hf_lowbit.kernels.latent_codec import SINK_TOKENS
 
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj"}
 _OUTPUTS = ("o_proj", "out_proj", "dense")

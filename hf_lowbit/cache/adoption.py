@@ -20,8 +20,8 @@ from hf_lowbit.cache.layers import (
     LatentSlidingLayer,
     LatentStaticLayer,
     LatentStaticSlidingLayer,
-    Layout,
 )
+from hf_lowbit.cache.layout import Layout
 
 
 def _twin(stock: Any) -> tuple[LatentLayer, Any] | None:

@@ -27,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.cache.adoption import claim
-from hf_lowbit.cache.layers import SINK_TOKENS, LatentLayer, Layout, check_codes
+from hf_lowbit.cache.layers import LatentLayer
+from hf_lowbit.cache.layout import Layout, check_codes
 from hf_lowbit.cache.projection import LatentProjection, become, is_latent
 from hf_lowbit.kernels import latent_attention
+from hf_lowbit.kernels.latent_codec import SINK_TOKENS
 
 # With another implementation than these and "sdpa" a single token, too, goes through the function that was asked for.
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")

@@ -11,7 +11,9 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from hf_lowbit.cache.adoption import claim
 from hf_lowbit.cache.attention import LatentAttention
-from hf_lowbit.cache.layers import SINK_TOKENS, LatentLayer, check_codes
+from hf_lowbit.cache.layers import LatentLayer
+from hf_lowbit.cache.layout import check_codes
+from hf_lowbit.kernels.latent_codec import SINK_TOKENS
 
 
 class ReCalKVCache(Cache):

@@ -28,49 +28,10 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from hf_lowbit.kernels.latent_codec import SINK_TOKENS as SINK_TOKENS
-from hf_lowbit.kernels.latent_codec import WORDS, decode_rows, encode_rows
+from hf_lowbit.cache.layout import Layout
+from hf_lowbit.kernels.latent_codec import decode_rows, encode_rows
 
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """What a layer stores for a token, and for which attention module.
-
-    Attributes:
-        name: of the attention module, for messages.
-        key_ranks: width of the keys' latent, group by group.
-        value_ranks: of the values'.
-        stamp: of the two projections; a layer serves no other ones.
-        rotary: whether positions are kept.
-        bits: of a code, 8, 4 or 3; 0 keeps latents as they are.
-        recent: how many of the latest tokens are kept in full beside their codes.
-        first: how many of the first tokens are, which most of the attention of later ones goes to (its "sinks").
-    """
-
-    name: str
-    key_ranks: tuple[int, ...]
-    value_ranks: tuple[int, ...]
-    stamp: str
-    rotary: bool
-    bits: int = 0
-    recent: int = 0
-    first: int = 0
-
-
-def check_codes(bits: int | None, recent: int, first: int) -> None:
-    """Check options of latents in codes.
-
-    Raises:
-        ValueError: they are out of range, or a window is asked for where all tokens are kept in full anyway.
-    """
-    if bits is not None and bits not in WORDS:
-        raise ValueError(f"latent_bits must be None or one of {', '.join(map(str, sorted(WORDS)))}, got {bits!r}")
-    if type(recent) is not int or recent < 0:
-        raise ValueError(f"recent_window must be an integer from 0, got {recent!r}")
-    if type(first) is not int or first < 0:
-        raise ValueError(f"sink_tokens must be an integer from 0, got {first!r}")
-    if recent and bits is None:
-        raise ValueError(f"recent_window={recent} needs latent_bits: without codes every token is kept in full")
+_ROOM = 64  # of so many tokens that are held, there is room for one more
 
 
 class LatentLayer:
@@ -340,7 +301,51 @@ class _Growing(LatentLayer):
 
 
 class LatentDynamicLayer(_Growing, DynamicLayer):
-    """Grows with every token."""
+    """Grows with every token.
+
+    The stock layer copies all that it holds for each new token, which takes as long as attending to it. Here a token
+    is written behind the others while there is room; when there is none, all is copied to memory with room for one
+    token in 64 (none below that many). The room is counted as held.
+    """
+
+    # Who may write behind what is held: not a shallow copy of the layer, which shares its memory.
+    _writer: Any = None
+
+    def _store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        own: Any = self
+        if not own.is_initialized or not own.keys.numel() or not _may_append(keys, values, own.keys):
+            self._writer = None
+            return super()._store(keys, values)
+        may_write = self._writer is self
+        own.keys, own.values = _appended(own.keys, keys, may_write), _appended(own.values, values, may_write)
+        self._writer = self
+        return own.keys, own.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the latest tokens, see :meth:`_Growing.crop`; whoever still refers to them keeps them."""
+        super().crop(tokens_to_remove)
+        self._writer = None
+
+
+def _may_append(keys: Tensor, values: Tensor, held: Tensor) -> bool:
+    """Return whether one token comes in that nothing but the layer has to see."""
+    if keys.shape[2] != 1 or torch.compiler.is_compiling() or keys.requires_grad or values.requires_grad:
+        return False
+    return not held.requires_grad and held.is_inference() == torch.is_inference_mode_enabled()
+
+
+def _appended(held: Tensor, new: Tensor, may_write: bool) -> Tensor:
+    """Return tokens (batch, 1, tokens, width) with one more, behind the others in their memory if it has room."""
+    batch, _, tokens, width = held.shape
+    starts = may_write and width and held.stride()[2:] == (width, 1) and not held.storage_offset()
+    room = held.stride(0) // width if starts else 0
+    if room <= tokens or held.untyped_storage().nbytes() < batch * room * width * held.element_size():
+        memory = held.new_empty(batch, 1, tokens + 1 + tokens // _ROOM, width)
+        memory[:, :, :tokens] = held
+    else:
+        memory = held.as_strided((batch, 1, room, width), (room * width, room * width, width, 1))
+    memory[:, :, tokens : tokens + 1] = new
+    return memory[:, :, : tokens + 1]
 
 
 class LatentSlidingLayer(_Growing, DynamicSlidingWindowLayer):

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from hf_lowbit.cache.cache import ReCalKVCache, attention_by_layer
-from hf_lowbit.cache.layers import LatentDynamicLayer, LatentSlidingLayer, Layout
+from hf_lowbit.cache.layers import LatentDynamicLayer, LatentSlidingLayer
+from hf_lowbit.cache.layout import Layout
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.kernels.latent_codec import WORDS, row_bytes
 

@@ -16,7 +16,8 @@ from transformers.cache_utils import (
 
 from hf_lowbit.cache import ReCalKVCache, cache_bytes
 from hf_lowbit.cache.adoption import claim, new_layer
-from hf_lowbit.cache.layers import LatentDynamicLayer, LatentSlidingLayer, LatentStaticLayer, Layout
+from hf_lowbit.cache.layers import LatentDynamicLayer, LatentSlidingLayer, LatentStaticLayer
+from hf_lowbit.cache.layout import Layout
 from hf_lowbit.kernels.latent_codec import row_bytes
 from tests.cache.latent_models import compress, dense_model
 from tests.tiny import tokens
@@ -454,3 +455,59 @@ def test_layers_can_be_moved_off_and_back():
     layer.prefetch()
     feed(layer, 1, first=5)
     assert torch.equal(layer.keys[:, :, :5], expected)
+
+
+class TestRoom:
+    """One token after the other is written behind those that are there, and nobody else's memory is touched."""
+
+    @staticmethod
+    def filled(count, batch=2, **changes):
+        layer = new_layer(DynamicLayer(), layout(**changes))
+        generator = torch.Generator().manual_seed(6)
+        keys, values = (torch.randn(batch, 1, count, width, generator=generator) for width in (12, 6))
+        for at in range(count):
+            layer.update(keys[:, :, at : at + 1], values[:, :, at : at + 1], position_ids=torch.tensor([[at]]))
+        return layer, keys, values
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_what_is_held_is_what_came(self, batch):
+        layer, keys, values = self.filled(300, batch)
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+
+    def test_room_is_little_and_counted(self):
+        layer, keys, _ = self.filled(300)
+        held = layer.keys.untyped_storage().nbytes()
+        assert keys.nbytes < held <= keys.nbytes * (1 + 1 / 60)
+        place = layer.keys.data_ptr()
+        layer.update(torch.zeros(2, 1, 1, 12), torch.zeros(2, 1, 1, 6), position_ids=torch.tensor([[300]]))
+        assert layer.keys.data_ptr() == place
+
+    def test_no_room_below_64_tokens(self):
+        layer, keys, _ = self.filled(50)
+        assert layer.keys.untyped_storage().nbytes() == keys.nbytes
+
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+    def test_a_copy_goes_its_own_way(self, copied):
+        layer, keys, _ = self.filled(200)
+        other = copied(layer)
+        ends = [torch.full((2, 1, 1, 12), value) for value in (1.0, 2.0)]
+        for each, end in zip((layer, other), ends, strict=True):
+            each.update(end, torch.zeros(2, 1, 1, 6), position_ids=torch.tensor([[200]]))
+        for each, end in zip((layer, other), ends, strict=True):
+            assert torch.equal(each.keys, torch.cat([keys, end], dim=2))
+
+    def test_after_a_crop(self):
+        layer, keys, _ = self.filled(200)
+        before = layer.keys
+        layer.crop(-30)
+        end = torch.full((2, 1, 1, 12), 3.0)
+        layer.update(end, torch.zeros(2, 1, 1, 6), position_ids=torch.tensor([[170]]))
+        assert torch.equal(layer.keys, torch.cat([keys[:, :, :170], end], dim=2))
+        assert torch.equal(before, keys)
+
+    def test_rows_selected_in_between(self):
+        layer, keys, _ = self.filled(200)
+        layer.reorder_cache(torch.tensor([1, 1]))
+        end = torch.full((2, 1, 1, 12), 3.0)
+        layer.update(end, torch.zeros(2, 1, 1, 6), position_ids=torch.tensor([[200]]))
+        assert torch.equal(layer.keys, torch.cat([keys[[1, 1]], end], dim=2))

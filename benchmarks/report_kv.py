@@ -1,0 +1,151 @@
+"""Tables of caches of latents for ``benchmarks.report``: bytes, times, long texts, compiled programs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+from benchmarks.common import RESULTS
+from benchmarks.tables import table
+
+NOT_YET = "Not measured yet."
+PLOT = "figures/kv_memory.svg"
+
+
+def _read(name: str) -> Any:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+def _measured(result: Any) -> dict[str, Any]:
+    """Return the shapes that are measured to their end."""
+    return {name: shape for name, shape in result["shapes"].items() if "roofline" in shape}
+
+
+def memory() -> str:
+    """Return bytes of one layer by context and cache; dense is larger by so much."""
+    result = _read("kv")
+    if result is None:
+        return NOT_YET
+    rows = []
+    for name, shape in _measured(result).items():
+        for case in shape["cases"]:
+            if case["batch"] == 1:
+                dense = case["caches"]["dense"]["bytes"]
+                held = [f"{row['bytes'] / 1e6:.2f} ({dense / row['bytes']:.2f})" for row in case["caches"].values()]
+                rows.append([f"{name}, {case['tokens']}", *held])
+    kinds = list(next(iter(_measured(result).values()))["cases"][0]["caches"])
+    return table(["shape, tokens: MB of a layer (dense is larger by)", *kinds], rows)
+
+
+def steps() -> str:
+    """Return the time of one step by context, batch and cache."""
+    result = _read("kv")
+    if result is None:
+        return NOT_YET
+    rows = []
+    for name, shape in _measured(result).items():
+        for case in shape["cases"]:
+            times = [
+                f"{row['microseconds']:,.0f} ({row['floor_microseconds']:,.0f})" for row in case["caches"].values()
+            ]
+            gain = case["caches"]["dense"]["microseconds"] / case["caches"]["latents"]["microseconds"]
+            rows.append([f"{name}, {case['tokens']} × {case['batch']}", *times, f"{gain:.2f}"])
+    kinds = list(next(iter(_measured(result).values()))["cases"][0]["caches"])
+    environment = result["environment"]
+    rates = [case["bytes_per_second"] / 1e9 for shape in _measured(result).values() for case in shape["cases"]]
+    header = ["shape, tokens × rows: µs of a step (byte floor)", *kinds, "dense / latents"]
+    return (
+        table(header, rows)
+        + f"\n\n{environment['cpu']}, {result['kernel']}, {environment['threads']} thread(s); memory read at "
+        f"{min(rates):.0f} to {max(rates):.0f} GB/s; torch {environment['packages']['torch']}, commit "
+        f"{environment['commit']}."
+    )
+
+
+def roofline() -> str:
+    """Return what the roofline predicts, and from which context on a step was faster."""
+    result = _read("kv")
+    if result is None:
+        return NOT_YET
+
+    def context(tokens: int | None) -> str:
+        return "never" if tokens is None else f"{tokens:,}"
+
+    rows = []
+    for name, shape in _measured(result).items():
+        expected = shape["roofline"]
+        times = expected["nanoseconds"]
+        rows.append(
+            [
+                name,
+                f"{expected['operations_per_byte']:.0f}",
+                f"{times['dense']:.0f}, {times['latents']:.0f}",
+                f"{expected['ceiling']:.2f}",
+                context(expected["from_tokens"]),
+                *(context(tokens) for tokens in shape["faster_from"].values()),
+            ]
+        )
+    batches = next(iter(_measured(result).values()))["faster_from"]
+    header = ["shape", "operations per byte", "ns of a cached token: dense, latents", "most to gain, ×"]
+    header += ["predicted from tokens", *(f"measured from, {batch} row(s)" for batch in batches)]
+    return table(header, rows)
+
+
+def kvpress() -> str:
+    """Return whether presses of kvpress run beside these figures."""
+    result = _read("kv")
+    return NOT_YET if result is None else f"kvpress 0.5.5, `KnormPress(compression_ratio=0.5)`: {result['kvpress']}."
+
+
+def quality() -> str:
+    """Return perplexity by position and found needles."""
+    result = _read("kv_quality")
+    if result is None:
+        return NOT_YET
+    count, length = result["texts"]
+    edges = [0, 512]
+    while edges[-1] < length:
+        edges.append(2 * edges[-1])
+    places = [f"{low} to {high}" for low, high in itertools.pairwise(edges)]
+    perplexities = [[name, *(f"{value:.2f}" for value in row["perplexity"])] for name, row in result["rows"].items()]
+    found = [
+        [name, *(f"{row['needles'][str(n)]:.0%}" for n in result["lengths"])] for name, row in result["rows"].items()
+    ]
+    environment = result["environment"]
+    return (
+        table([f"perplexity by position, {count} texts of {length} tokens", *places], perplexities)
+        + "\n\n"
+        + table(
+            [f"{result['needles']} needles found in a text of so many tokens", *map(str, result["lengths"])], found
+        )
+        + f"\n\nbfloat16; {environment['cpu']}, torch {environment['packages']['torch']}, commit "
+        f"{environment['commit']}."
+    )
+
+
+def compiled() -> str:
+    """Return what the compiled Triton kernels contain."""
+    result = _read("kv_compiled")
+    if result is None:
+        return "Not compiled yet."
+    rows = []
+    for name, case in result["kernels"].items():
+        target, shape, held, kernel = name.split(" | ")
+        matrix = ", ".join(f"{op} × {count}" for op, count in case["matrix"].items()) or "–"
+        wrong = "; ".join(case["problems"]) or "–"
+        numbers = [str(case["registers"]), str(case["spills"]), f"{case['shared'] / 1024:.0f}", matrix, wrong]
+        rows.append([target, f"{shape}, {held}", kernel, *numbers])
+    header = ["target", "shape, latents", "kernel", "registers", "spills", "shared KB", "matrix", "wrong"]
+    return table(header, rows) + f"\n\nTriton {result['triton']}, {result['tokens']} tokens."
+
+
+TABLES = {
+    "kv-memory": memory,
+    "kv-steps": steps,
+    "kv-roofline": roofline,
+    "kv-kvpress": kvpress,
+    "kv-quality": quality,
+    "kv-compiled": compiled,
+}
