@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -52,6 +53,7 @@ from hf_lowbit.kernels.activation import TABLE as ACTIVATION_KERNELS
 from hf_lowbit.kernels.hadamard import core_of
 from hf_lowbit.kernels.integer import BITS, code_bytes, integer_linear, pack_codes, unpack_codes
 from hf_lowbit.kernels.integer import TABLE as KERNELS
+from hf_lowbit.kernels.ready import integer_ready
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -301,6 +303,13 @@ class IntegerFormat(Format):
         if spec.activation == "none" and not spec.rotation and not spec.smooth:
             return integer_linear(x, self.packed, *self._grid(), bias, self._sizes)
         return self._product(x, bias, spec.act_bits)
+
+    def ready(self, bias: Tensor | None) -> Callable[[Tensor], Tensor | None] | None:
+        """Return a shorter way to :meth:`linear` for few tokens on the CPU; see :class:`Format`."""
+        spec = self.spec
+        if spec.activation != "none" or spec.rotation or spec.smooth:
+            return None
+        return integer_ready((self.packed, *self._grid()), bias, self._sizes)
 
     def kernel_reasons(self, dtype: torch.dtype, device: str) -> dict[str, str]:
         """Return for every kernel why it multiplies inputs of a dtype on a kind of device, or does not."""

@@ -12,6 +12,7 @@ from hf_lowbit.kernels.choice import Kernel, Table
 from hf_lowbit.kernels.choice import forced as forced
 from hf_lowbit.kernels.choice import forced_name as forced_name
 from hf_lowbit.kernels.cpu import binary as cpu
+from hf_lowbit.kernels.cpu.calls import Call
 
 Parts = tuple[Any, ...]
 Sizes = tuple[int, int, int, int]
@@ -67,11 +68,11 @@ def binary_linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes) ->
     return choose(x.dtype, x.device.type, parts, sizes).linear(x, parts, bias, sizes)
 
 
-def binary_call(parts: Parts, bias: Tensor | None, sizes: Sizes) -> cpu.Call | None:
+def binary_call(parts: Parts, bias: Tensor | None, sizes: Sizes) -> Call | None:
     """Return a shorter way to :func:`binary_linear` with one weight and few tokens, or None where there is none."""
     if parts[0].device.type != "cpu" or cpu.unsupported(torch.bfloat16, parts, sizes) is not None:
         return None
-    return cpu.Call(parts, bias, sizes)
+    return cpu.call(parts, bias, sizes)
 
 
 def binary_dequantize(parts: Parts, sizes: Sizes) -> Tensor:

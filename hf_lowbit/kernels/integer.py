@@ -26,6 +26,7 @@ from torch.nn.functional import linear, pad
 
 from hf_lowbit.kernels.choice import Kernel, Table
 from hf_lowbit.kernels.cpu import integer as cpu
+from hf_lowbit.kernels.cpu.calls import Call
 from hf_lowbit.kernels.ops import LIBRARY, unobserved
 
 BITS = (2, 3, 4, 8)
@@ -209,6 +210,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias, None, None, None
+
+
+def integer_call(parts: Parts, bias: Tensor | None, sizes: Sizes) -> Call | None:
+    """Return a shorter way to :func:`integer_linear` with one weight and few tokens, or None where there is none."""
+    if parts[0].device.type != "cpu" or cpu.unsupported(torch.bfloat16, parts, sizes) is not None:
+        return None
+    return cpu.call(parts, bias, sizes)
 
 
 LIBRARY.impl("integer_linear", _linear, "CompositeExplicitAutograd")

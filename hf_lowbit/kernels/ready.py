@@ -14,8 +14,9 @@ import weakref
 
 from torch import Tensor
 
-from hf_lowbit.kernels import dispatch
-from hf_lowbit.kernels.cpu.binary import Call, Parts, Sizes, Together
+from hf_lowbit.kernels import dispatch, integer
+from hf_lowbit.kernels.cpu.binary import Parts, Sizes
+from hf_lowbit.kernels.cpu.calls import Call, Together
 from hf_lowbit.kernels.ops import unobserved
 
 _MOST_IN_VAIN = 2  # times that a group's results were not asked for, before it is given up
@@ -25,7 +26,7 @@ class Ready:
     """The product with one weight, for calls that nothing has to see."""
 
     def __init__(self, call: Call, bias: Tensor | None) -> None:
-        """Take what :func:`hf_lowbit.kernels.dispatch.binary_call` has found."""
+        """Take what ``binary_call`` or ``integer_call`` has found."""
         self.call, self._bias = call, bias
         self.group: Group | None = None
         self.alone = False
@@ -51,6 +52,12 @@ class Ready:
 def binary_ready(parts: Parts, bias: Tensor | None, sizes: Sizes) -> Ready | None:
     """Return a shorter way to :func:`hf_lowbit.kernels.ops.binary_linear` with one weight, None if there is none."""
     call = dispatch.binary_call(parts, bias, sizes)
+    return None if call is None else Ready(call, bias)
+
+
+def integer_ready(parts: integer.Parts, bias: Tensor | None, sizes: integer.Sizes) -> Ready | None:
+    """Return a shorter way to :func:`hf_lowbit.kernels.integer.integer_linear`, None if there is none."""
+    call = integer.integer_call(parts, bias, sizes)
     return None if call is None else Ready(call, bias)
 
 
@@ -109,6 +116,6 @@ def _notice(member: Ready, x: Tensor) -> None:
         seen.append(weakref.ref(member))
         return
     found = [each for each in (ref() for ref in seen) if each is not None and each.group is None]
-    if len(found) > 1 and len(set(found)) == len(found):
+    if len(found) > 1 and len(set(found)) == len(found) and len({type(each.call.job) for each in found}) == 1:
         Group(found)
     _LAST.x, _LAST.members = weakref.ref(x), [weakref.ref(member)]

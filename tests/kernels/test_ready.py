@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from hf_lowbit import PackedLinear
+from hf_lowbit.formats import IntegerSpec
 from hf_lowbit.kernels import dispatch
 from hf_lowbit.kernels.cpu.library import load
-from hf_lowbit.report.bench import random_weight, typical_spec
+from hf_lowbit.report.bench import random_format, random_weight, typical_spec
 
 pytestmark = pytest.mark.skipif(load()[0] is None, reason="there is no compiled library")
 
@@ -180,3 +181,27 @@ def test_number_of_threads_does_not_matter(threads, model):
         assert torch.equal(model(x.clone()), want)
     finally:
         torch.set_num_threads(before)
+
+
+def test_integer_layers_share_among_themselves_only():
+    """Two of integers and one of signs read the same input: those of one format compute together or not at all."""
+    torch.manual_seed(0)
+
+    def integers(rows):
+        return PackedLinear(random_format(IntegerSpec(rows, 256, 4, 64, False)), None, torch.bfloat16)
+
+    for others in ([], [layer(64)]):
+        layers = [integers(64), integers(33), *others]
+        for _ in range(4):
+            x = torch.randn(1, 256).bfloat16()
+            with torch.no_grad():
+                got = [own(x) for own in layers]
+                with dispatch.forced("cpu"):
+                    want = [own(x) for own in layers]
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert (layers[0]._last[3].group is None) == bool(others)
+        assert layers[0]._last[3].group is layers[1]._last[3].group
+    with torch.no_grad():
+        before = layers[0](x)
+        layers[0].weight_packed.bitwise_not_()
+        assert not torch.equal(layers[0](x), before)

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_lowbit.kernels.cpu.calls import DIGITS, Call
 from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, Job, Weight, has_amx, load
 from hf_lowbit.kernels.cpu.scratch import multiply_unpacked
 from hf_lowbit.kernels.planes import GROUP, pack_plane, padded_columns, unpack_plane
 from hf_lowbit.kernels.reference import kept_columns, salient_groups, spread
 
 _RUN, _STRIP = 16, 64
-DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 # Above so many tokens unpacking pays, with tiles (bfloat16 where the processor has AMX) and without; measured with
 # `python -m benchmarks.kernels`.
 MOST_TOKENS_TILES, MOST_TOKENS = 8, 16
@@ -188,82 +188,23 @@ def _stamp(tensors: list[Tensor]) -> list[int]:
     ]
 
 
-class Call:
-    """The product with one weight for a few tokens, with all that does not change from call to call looked up before.
-
-    A model calls hundreds of small layers for a token; what :func:`linear` does in Python takes longer than some of
-    their products (``python -m benchmarks.kernels.overhead``).
-    """
-
-    def __init__(self, parts: Parts, bias: Tensor | None, sizes: Sizes) -> None:
-        """Look all up; the weight must be one that :func:`unsupported` has nothing against."""
-        self._made = prepared(parts, *sizes)
-        # Moving any tensor is seen, and writing to one of the weight, from all of which something was copied.
-        self._tensors = [part for part in (*parts, bias) if part is not None]
-        self._copied = [part for part in parts if part is not None and not part.is_inference()]
-        self._places, self._versions = self._stamp()
-        self._bias, self._columns, self.rows = bias, sizes[0], self._made.weight.rows
-        self._most = MOST_TOKENS_TILES * self._columns
-        self.job = Job(ctypes.pointer(self._made.weight), None if bias is None else bias.data_ptr(), None)
-        self._one = Job * 1
-        library, isa = load()
-        self._linear, self._isa = library.hflb_linear, ISAS.index(isa)
-
-    def _stamp(self) -> tuple[list[int], list[int]]:
-        return [tensor.data_ptr() for tensor in self._tensors], [tensor._version for tensor in self._copied]
-
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """Return what :func:`linear` would for x (..., in_features), or None where that has to be asked."""
-        if not self.takes(x):
-            return None
-        dtype = x.dtype
-        out = torch.empty((*x.shape[:-1], self.rows), dtype=dtype)
-        jobs = self._one(self.job)
-        jobs[0].y = out.data_ptr()
-        failed = self._linear(
-            jobs, 1, x.data_ptr(), DTYPES[dtype], x.numel() // self._columns, DIGITS[dtype], self._isa,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return None if failed else out
-
-    def takes(self, x: Tensor) -> bool:
-        """Return whether this way serves for an input, and the weight is still the one that was looked up."""
-        bias = self._bias
-        return (
-            0 < x.numel() <= self._most
-            and x.shape[-1] == self._columns
-            and x.dtype in DIGITS
-            and x.is_cpu
-            and x.is_contiguous()
-            and (bias is None or (bias.dtype is x.dtype and bias.is_contiguous()))
-            and [tensor.data_ptr() for tensor in self._tensors] == self._places
-            and [tensor._version for tensor in self._copied] == self._versions
-        )
-
-
-class Together:
-    """Products of one input with several weights, in one call of the library."""
-
-    def __init__(self, calls: list[Call]) -> None:
-        """Take the weights, each with as many columns."""
-        self._calls, self._jobs = calls, Job * len(calls)
-        library, isa = load()
-        self._linear, self._isa = library.hflb_linear, ISAS.index(isa)
-
-    def __call__(self, x: Tensor) -> list[Tensor] | None:
-        """Return what :func:`linear` would for each of the weights, or None where that has to be asked."""
-        if not all(call.takes(x) for call in self._calls):
-            return None
-        dtype, before = x.dtype, x.shape[:-1]
-        outs = [torch.empty((*before, call.rows), dtype=dtype) for call in self._calls]
-        jobs = self._jobs(*(call.job for call in self._calls))
-        for job, out in zip(jobs, outs, strict=True):
-            job.y = out.data_ptr()
-        failed = self._linear(
-            jobs, len(outs), x.data_ptr(), DTYPES[dtype], x.numel() // x.shape[-1], DIGITS[dtype], self._isa,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return None if failed else outs
+def call(parts: Parts, bias: Tensor | None, sizes: Sizes) -> Call:
+    """Return a shorter way to :func:`linear` for a few tokens; :func:`unsupported` has nothing against the weight."""
+    made, (library, isa) = prepared(parts, *sizes), load()
+    tensors = [part for part in (*parts, bias) if part is not None]
+    copied = [part for part in parts if part is not None and not part.is_inference()]
+    return Call(
+        library.hflb_linear,
+        ISAS.index(isa),
+        Job,
+        made.weight,
+        sizes[0],
+        MOST_TOKENS_TILES,
+        bias,
+        tensors,
+        copied,
+        made,
+    )
 
 
 def linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes, digits: int = 0) -> Tensor:

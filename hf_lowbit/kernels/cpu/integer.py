@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_lowbit.kernels.cpu.calls import DIGITS, Call
 from hf_lowbit.kernels.cpu.library import DTYPES, open_library
 from hf_lowbit.kernels.cpu.scratch import multiply_unpacked
 
 logger = logging.getLogger(__name__)
 ABI = 1
 ISAS = ("portable", "avx2", "avx512")
-DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 # Above so many tokens tiles pay, and above how many unpacking, with tiles (by dtype) and without; measured with
 # `python -m benchmarks.kernels.integer`.
 LEAST_TOKENS_TILES, MOST_TOKENS = 4, 16
@@ -135,6 +135,19 @@ def weight_of(parts: Parts, sizes: Sizes) -> tuple[Weight, Parts]:
         zero=None if zero is None else zero.data_ptr(),
     )
     return found, (packed, scale, zero)
+
+
+def call(parts: Parts, bias: Tensor | None, sizes: Sizes) -> Call | None:
+    """Return a shorter way to :func:`linear` for a few tokens; :func:`unsupported` has nothing against the weight.
+
+    None where the library would need copies of the tensors.
+    """
+    if not all(part is None or part.is_contiguous() for part in parts):
+        return None
+    (weight, kept), (library, isa) = weight_of(parts, sizes), load()
+    most = LEAST_TOKENS_TILES - 1 if isa == ISAS[-1] and has_amx() else MOST_TOKENS
+    tensors = [part for part in (*parts, bias) if part is not None]
+    return Call(library.hfli_linear, ISAS.index(isa), Job, weight, sizes[0], most, bias, tensors, [], kept)
 
 
 def linear(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes, digits: int = 0) -> Tensor:

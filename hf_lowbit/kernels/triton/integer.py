@@ -73,7 +73,8 @@ def unsupported(dtype: torch.dtype, parts: Parts, sizes: tuple[int, ...]) -> str
 def units_of(bits: int, in_features: int, group_size: int) -> tuple[int, bool]:
     """Return the units of a tile of the product with floats, and whether all of its columns have one scale."""
     per_unit = UNIT[bits][0]
-    for columns in (_TILE, _TILE // 2, _TILE // 4):
+    widest = _TILE // 2 if bits == 8 else _TILE  # 128 codes of a row's part in registers spill on sm_100
+    for columns in (widest, widest // 2, widest // 4):
         if columns // per_unit >= 16 and (not group_size or group_size >= in_features or group_size % columns == 0):
             return columns // per_unit, True
     return max(16, 64 // per_unit), False
@@ -210,6 +211,7 @@ def _weight_arguments(parts: Parts, sizes: tuple[int, ...], units: int) -> dict[
 
 # Rounded activations ---------------------------------------------------------------------------------------------
 
+ROUNDING_WARPS = 8  # with four the product with the Hadamard matrix spills
 UNITS = 32  # of a tile of codes: a product of bytes is so long at least
 
 
@@ -278,7 +280,7 @@ def round_rows(x: Tensor, smooth: Tensor | None, signs: Tensor | None, sizes: An
     found = round_arguments(x, divisor, codes, scale, sizes, torch.version.hip is None)
     grid = (-(-tokens // found["BLOCK_M"]), codes.shape[1] // found["BLOCK_K"])
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        round_kernel[grid](**found, num_warps=4, **FUSED)
+        round_kernel[grid](**found, num_warps=ROUNDING_WARPS, **FUSED)
     return codes, scale
 
 

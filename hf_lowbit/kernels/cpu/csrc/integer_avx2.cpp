@@ -23,6 +23,11 @@ HFLI_INLINE Floats from_halves(const uint16_t* from) { return _mm256_cvtph_ps(_m
 HFLI_INLINE Floats from_brains(const uint16_t* from) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16));
 }
+HFLI_INLINE Floats some_halves(const uint16_t* from, int64_t count) {
+    uint16_t all[LANES] = {0};
+    memcpy(all, from, (size_t)count * 2);
+    return from_halves(all);
+}
 HFLI_INLINE Floats from_bytes(const uint8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 }

@@ -21,6 +21,9 @@ HFLI_INLINE Bytes load_some(const uint8_t* from, int64_t count) {
 }
 HFLI_INLINE Floats minus(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 HFLI_INLINE float total(Floats value) { return _mm512_reduce_add_ps(value); }
+HFLI_INLINE Floats some_halves(const uint16_t* from, int64_t count) {
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), from));
+}
 HFLI_INLINE Floats from_bytes(const uint8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)));
 }

@@ -26,6 +26,7 @@ inline Floats minus(const Floats& a, const Floats& b) { EACH(Floats, a.v[i] - b.
 inline Floats fma(const Floats& a, const Floats& b, const Floats& c) { EACH(Floats, a.v[i] * b.v[i] + c.v[i]); }
 inline Floats from_halves(const uint16_t* from) { EACH(Floats, hflb_half_to_float(from[i])); }
 inline Floats from_brains(const uint16_t* from) { EACH(Floats, hflb_brain_to_float(from[i])); }
+inline Floats some_halves(const uint16_t* from, int64_t count) { EACH(Floats, i < count ? hflb_half_to_float(from[i]) : 0.0f); }
 inline Floats from_bytes(const uint8_t* from) { EACH(Floats, (float)from[i]); }
 template <int DTYPE>
 inline void store_as(void* to, int64_t at, const Floats& value) { hflb_store(to, DTYPE, at, value.v, LANES); }
@@ -97,6 +98,12 @@ const int AT_ONCE_BYTES = 16;
 template <int BITS>
 inline void many(const uint8_t* from, uint8_t* to) {
     for (int j = 0; j < AT_ONCE_BYTES; ++j) to[j] = code_at<BITS>(from, j);
+}
+template <int BITS>
+inline void last_ones(const uint8_t* from, int64_t bytes, uint8_t* to) {
+    uint8_t some[AT_ONCE_BYTES] = {0};
+    memcpy(some, from, (size_t)bytes);
+    many<BITS>(some, to);
 }
 template <int BITS>
 inline Ints add_dot(const Ints& sum, const Bytes& codes, const Bytes& digits) {

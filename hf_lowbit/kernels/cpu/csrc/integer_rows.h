@@ -24,11 +24,7 @@ template <int BITS>
 HFLI_INLINE void unpack_row(const uint8_t* from, int64_t columns, uint8_t* to) {
     int64_t j = 0;
     for (; j + AT_ONCE_BYTES <= columns; j += AT_ONCE_BYTES, from += AT_ONCE_BYTES / 8 * BITS) many<BITS>(from, to + j);
-    if (j < columns) {
-        uint8_t last[AT_ONCE_BYTES] = {0};
-        memcpy(last, from, (size_t)((columns - j) * BITS + 7) / 8);
-        many<BITS>(last, to + j);
-    }
+    if (j < columns) last_ones<BITS>(from, ((columns - j) * BITS + 7) / 8, to + j);
 }
 
 void unpack(int64_t bits, const uint8_t* from, int64_t columns, uint8_t* to) {
@@ -38,13 +34,19 @@ void unpack(int64_t bits, const uint8_t* from, int64_t columns, uint8_t* to) {
     else memcpy(to, from, (size_t)columns);
 }
 
-HFLI_INLINE void to_floats_of(const void* from, int64_t dtype, int64_t at, int64_t count, float* to) {
+// Numbers of a dtype as floats; `filled`: a whole vector may be written at the end.
+HFLI_INLINE void to_floats_of(const void* from, int64_t dtype, int64_t at, int64_t count, float* to, bool filled = false) {
     int64_t j = 0;
     if (dtype == HFLB_F32) {
         memcpy(to, (const float*)from + at, (size_t)count * 4);
         return;
     }
     const uint16_t* halves = (const uint16_t*)from + at;
+    if (dtype == HFLB_F16 && filled) {
+        for (; j + LANES <= count; j += LANES) store(to + j, from_halves(halves + j));
+        if (j < count) store(to + j, some_halves(halves + j, count - j));
+        return;
+    }
     if (dtype == HFLB_F16) for (; j + LANES <= count; j += LANES) store(to + j, from_halves(halves + j));
     else for (; j + LANES <= count; j += LANES) store(to + j, from_brains(halves + j));
     for (; j < count; ++j) to[j] = hflb_value(from, dtype, at + j);
@@ -53,12 +55,12 @@ HFLI_INLINE void to_floats_of(const void* from, int64_t dtype, int64_t at, int64
 // Scales of a row, and what is to be taken from its product for each group's sum of activations, scale times
 // (zero - middle of the range); `bytes` holds codes of the zero points.
 HFLI_INLINE void load_groups(const hfli_weight* w, int64_t row, float* scale, float* less, uint8_t* bytes) {
-    to_floats_of(w->scale, w->scale_dtype, row * w->groups, w->groups, scale);
-    memset(scale + w->groups, 0, PAD * sizeof(float));
+    to_floats_of(w->scale, w->scale_dtype, row * w->groups, w->groups, scale, true);
+    for (int64_t g = w->groups; g < w->groups + LANES; ++g) scale[g] = 0.0f;
     if (!w->zero) return;
-    const float middle = (float)(1 << (w->bits - 1));
+    const Floats middle = spread((float)(1 << (w->bits - 1)));
     unpack(w->bits, w->zero + row * w->zero_bytes, w->groups, bytes);
-    for (int64_t g = 0; g < w->groups; ++g) less[g] = scale[g] * ((float)bytes[g] - middle);
+    for (int64_t g = 0; g < w->groups; g += LANES) store(less + g, times(load(scale + g), minus(from_bytes(bytes + g), middle)));
 }
 
 // Dense rows -------------------------------------------------------------------------------------------------------

@@ -45,20 +45,35 @@ HFLI_INLINE __m512i threes(__m512i packed) {
     return _mm512_and_si512(codes, _mm512_set1_epi8(7));
 }
 
-// Reads 8 * BITS bytes.
+// The codes in the first 8 * BITS bytes.
 template <int BITS>
-HFLI_INLINE __m512i many_codes(const uint8_t* from) {
+HFLI_INLINE __m512i codes_in(__m512i packed) {
     if (BITS == 2) {
-        const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+        const __m512i wide = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(packed));
         const __m512i pairs = _mm512_or_si512(wide, _mm512_slli_epi32(wide, 12));  // codes 0 and 2 at the bottom of 16 bits
         return _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 6)), _mm512_set1_epi8(3));
     }
-    if (BITS == 3) return threes(_mm512_maskz_loadu_epi8(0xffffff, from));
+    if (BITS == 3) return threes(packed);
     if (BITS == 4) {
-        const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
+        const __m512i wide = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(packed));
         return _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(15));
     }
+    return packed;
+}
+
+// Reads 8 * BITS bytes.
+template <int BITS>
+HFLI_INLINE __m512i many_codes(const uint8_t* from) {
+    if (BITS == 2) return codes_in<2>(_mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)from)));
+    if (BITS == 3) return codes_in<3>(_mm512_maskz_loadu_epi8(0xffffff, from));
+    if (BITS == 4) return codes_in<4>(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from)));
     return _mm512_loadu_si512(from);
+}
+
+// Reads so many bytes.
+template <int BITS>
+HFLI_INLINE void last_ones(const uint8_t* from, int64_t bytes, uint8_t* to) {
+    _mm512_storeu_si512(to, codes_in<BITS>(_mm512_maskz_loadu_epi8(bytes < 64 ? (1ull << bytes) - 1 : ~0ull, from)));
 }
 
 template <int BITS>
@@ -68,6 +83,13 @@ const int AT_ONCE_BYTES = 16;
 
 template <int BITS>
 HFLI_INLINE void many(const uint8_t* from, uint8_t* to) { _mm_storeu_si128((__m128i*)to, sixteen_codes<BITS>(from)); }
+
+template <int BITS>
+HFLI_INLINE void last_ones(const uint8_t* from, int64_t bytes, uint8_t* to) {
+    uint8_t some[AT_ONCE_BYTES] = {0};
+    memcpy(some, from, (size_t)bytes);
+    many<BITS>(some, to);
+}
 #endif
 
 }  // namespace
