@@ -84,8 +84,13 @@ def enable_delta_gbs(
         layers: names of the layers it is for; None for all that round activations.
 
     Raises:
+        TypeError: it is no model, but a pipeline.
         ValueError: an argument is out of range, or no layer rounds activations.
     """
+    if not isinstance(transformer, nn.Module):
+        raise TypeError(
+            f"transformer must be a model, got {type(transformer).__name__}; of a pipeline, pass pipeline.transformer"
+        )
     hook = DeltaGBSHook(transformer, delta, low, high, warmup, layers)
     disable_delta_gbs(transformer)
     transformer.add_module(NAME, _DeltaGBS(hook))
@@ -126,25 +131,35 @@ def reset_delta_gbs(transformer: Any) -> None:
     hook.reset_state(transformer)
 
 
-def follow_config(model: Any, config: LowBitConfig) -> None:
-    """Enable what the config of a packed model asks for, on the layers of the rules that ask; else do nothing.
+def options_of(config: LowBitConfig) -> dict[str, Any] | None:
+    """Return what a config wants of :func:`enable_delta_gbs`, None if it wants nothing.
 
     Raises:
-        ValueError: rules of a recipe ask for different things.
+        ValueError: rules of a recipe want different things.
     """
-    wanted: dict[tuple[float, int, int, int], list[str]] = {}
-    for name in packed_modules(model):
-        rule: Any = next((rule for pattern, rule in rules_of(config) if matches(pattern, name)), None)
-        if getattr(rule, "delta", None) is not None and _rounds(model.get_submodule(name)):
-            options = (rule.delta, rule.a_bits_low, rule.a_bits_high, rule.warmup_steps)
-            wanted.setdefault(options, []).append(name)
+    rules: list[Any] = [rule for _, rule in rules_of(config) if getattr(rule, "delta", None) is not None]
+    wanted = {(rule.delta, rule.a_bits_low, rule.a_bits_high, rule.warmup_steps) for rule in rules}
     if len(wanted) > 1:
         raise ValueError(
             "rules of a recipe differ in delta, a_bits_low, a_bits_high or warmup_steps; a step is judged once for "
             "the whole model"
         )
-    for (delta, low, high, warmup), names in wanted.items():
-        enable_delta_gbs(model, delta=delta, low=low, high=high, warmup=warmup, layers=names)
+    return dict(zip(("delta", "low", "high", "warmup"), wanted.pop(), strict=True)) if wanted else None
+
+
+def follow_config(model: Any, config: LowBitConfig) -> None:
+    """Enable what the config of a packed model asks for, on the layers of the rules that ask; else do nothing.
+
+    Raises:
+        ValueError: as :func:`options_of`.
+    """
+    options, names = options_of(config), []
+    for name, layer in packed_modules(model).items():
+        rule = next((rule for pattern, rule in rules_of(config) if matches(pattern, name)), None)
+        if getattr(rule, "delta", None) is not None and _rounds(layer):
+            names.append(name)
+    if options is not None and names:
+        enable_delta_gbs(model, **options, layers=names)
 
 
 def _rounds(layer: Any) -> bool:
@@ -287,13 +302,13 @@ class DeltaGBSHook(ModelHook):  # type: ignore[misc]
         if not self.ran:
             self.running = dataclasses.replace(self.running, skipped=self.running.skipped + 1)
             return
-        found, state = _tensor_of(output), self.states.get_state()
+        found, state = _tensor_of(output).detach(), self.states.get_state()
         state.drift = self.step.drift
         changes = self.running.changes
         if state.previous is not None and state.previous.shape == found.shape:
             change = schedule.relative_change(found, state.previous)
             state.drift, changes = schedule.observe(state.drift, change), (*changes, change)
-        state.previous = found.detach().clone()  # the memory of outputs may be used again
+        state.previous = found.clone()  # the memory of outputs may be used again
         self.running = DeltaReport((*self.running.bits, self.step.bits), changes, self.running.skipped)
 
     def _end(self) -> None:

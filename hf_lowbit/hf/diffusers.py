@@ -318,6 +318,9 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
 
 
 def _refuse_calibrated(config: LowBitConfig) -> None:
+    from hf_lowbit.hf.delta_gbs import options_of  # here, as in `mark`
+
+    options_of(config)
     if config.needs != "none":
         raise ValueError(
             f"hf_lowbit: {type(config).__name__} asks for calibration ({config.needs}), which needs a language model; "

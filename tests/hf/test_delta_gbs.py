@@ -303,6 +303,7 @@ def test_blocks_compile_into_whole_graphs(model):
     assert video.psnr(found, expected) > 60  # the same ops; a product may be taken out of a sum
 
 
+@pytest.mark.slow
 def test_whole_model_compiles_with_breaks_at_the_hook(model):
     torch._dynamo.reset()
     enable_delta_gbs(model, delta=median_change(model))
@@ -361,3 +362,15 @@ def test_models_without_rounded_activations_are_refused():
         with pytest.raises(ValueError, match="WanTransformer3DModel: "):
             operation(dense)
     disable_delta_gbs(dense)
+    with pytest.raises(TypeError, match=r"got WanPipeline; of a pipeline, pass pipeline\.transformer"):
+        enable_delta_gbs(video.pipeline(dense))
+
+
+def test_training_keeps_no_graph(model):
+    enable_delta_gbs(model, delta=0.0)
+    for timestep in (900, 600):
+        latents = torch.ones(1, 3, 2, 8, 8, requires_grad=True)
+        words = video.embed(torch.tensor([[0, 4, 7]]))
+        model(latents, torch.tensor([timestep]), words).sample.sum().backward()
+    assert len(delta_gbs_report(model).changes) == 1
+    assert not model.delta_gbs.hook.states.get_state().previous.requires_grad

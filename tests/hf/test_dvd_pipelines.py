@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import peft
 import pytest
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
@@ -200,7 +201,7 @@ def test_nothing_fits(tmp_path):
             run()
 
 
-def test_recipes(wan):
+def test_recipes(wan, monkeypatch):
     rules = {"*.ffn": free(), "*.attn1": config(delta=0.2, warmup_steps=1), "blocks": config(preset="w4a8")}
     model = diffusers.WanTransformer3DModel.from_pretrained(
         wan, quantization_config=LowBitRecipe(rules, skip=["condition_embedder", "proj_out"], run=QUIET)
@@ -211,8 +212,13 @@ def test_recipes(wan):
     assert sorted(hook.layers) == sorted(name for name in packed_modules(model) if ".attn1." in name)
     rules = {"*.attn1": config(delta=0.2), "blocks": config(delta=0.1)}
     recipe = LowBitRecipe(rules, skip=["condition_embedder", "proj_out"], run=QUIET)
+    dense = diffusers.WanTransformer3DModel.from_pretrained(wan)
+    monkeypatch.setattr("hf_lowbit.compress.Intake.take", None)  # nothing is compressed before
+    monkeypatch.setattr("hf_lowbit.hf.diffusers.compress_model", None)
     with pytest.raises(ValueError, match="rules of a recipe differ in delta"):
         diffusers.WanTransformer3DModel.from_pretrained(wan, quantization_config=recipe)
+    with pytest.raises(ValueError, match="rules of a recipe differ in delta"):
+        hf_lowbit.quantize(dense, recipe)
 
 
 # Later life ------------------------------------------------------------------------------------------------------
@@ -328,6 +334,21 @@ def test_memory_while_loading_is_that_of_a_layer_above_the_packed_model(tmp_path
     assert beyond[8] == pytest.approx(beyond[2], abs=layer)
     dense = 4 * 8 * (8 * 128 * 128 + 2 * 128 * 512)
     assert beyond[8] < dense / 2  # so that holding all dense weights would be seen
+
+
+def test_adapters_train_on_it_and_steps_are_still_judged(folders):
+    pipeline = DiffusionPipeline.from_pretrained(folders["wan"], quantization_config=mapping(delta=0.0))
+    before = pipelines.clip(pipeline, "wan")
+    pipeline.transformer.add_adapter(
+        peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "net.2"], init_lora_weights=False)
+    )
+    adapted = pipelines.clip(pipeline, "wan")
+    assert not torch.equal(adapted, before)
+    assert delta_gbs_report(pipeline.transformer).bits == (8, 8, 8)
+    hf_lowbit.enable_delta_gbs(pipeline.transformer, delta=1e6)
+    assert not torch.equal(pipelines.clip(pipeline, "wan"), adapted)
+    assert delta_gbs_report(pipeline.transformer).bits == (8, 8, 4)
+    assert {layer.act_bits for layer in packed_modules(pipeline.transformer).values()} == {4}
 
 
 # Damage ----------------------------------------------------------------------------------------------------------
