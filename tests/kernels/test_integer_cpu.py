@@ -294,7 +294,7 @@ def test_every_mode_has_a_kernel(mode, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # compiling with the sanitizers takes minutes
+@pytest.mark.timeout(2400)  # compiling with the sanitizers takes minutes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the sanitizers need a compiler")
 def test_library_under_the_sanitizers(tmp_path):
     """Random weights in buffers of exact size; AddressSanitizer and UBSan end the program at the first slip."""
