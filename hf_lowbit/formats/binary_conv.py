@@ -14,8 +14,8 @@ tensor      shape, dtype                        present
 
 What is computed, :mod:`hf_lowbit.kernels.conv` defines; the full-precision residual that the spec may ask for needs no
 tensors. On disk each is called ``<module>.weight_<name>``. In bytes:
-``16 · out · ⌈in_features / 128⌉ + side · ((2 + 3 · [act]) · out + (1 or 2) · in_channels · [shift])``, with 4 or 2 bytes
-for ``side``: the scale takes no place of its own, unlike in a form that keeps batch normalization.
+``16 · out · ⌈in_features / 128⌉ + side · ((2 + 3 · [act]) · out + (1 or 2) · in_channels · [shift])``, where ``side``
+is 4 or 2: the scale takes no place of its own, unlike in a form that keeps batch normalization.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class BinaryConvSpec(Spec):
     side_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        """Turn lists into tuples."""
         for name in ("kernel", "stride", "padding", "dilation", "output_padding"):
             if isinstance(getattr(self, name), list):  # as JSON has it
                 object.__setattr__(self, name, tuple(getattr(self, name)))

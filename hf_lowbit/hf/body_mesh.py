@@ -1,7 +1,7 @@
 """BiDRN's network as a model of transformers: whole-body mesh recovery up to the parameters of the body model.
 
-It stops at the regressed parameters: the SMPL-X layer, its losses and its data have licences of their own. There are no
-published weights; a new model is random. ``AutoModel`` knows ``model_type="bidrn"`` once this module is imported
+It stops at the regressed parameters: the SMPL-X layer, its losses and its data have licences of their own. There are
+no published weights; a new model is random. ``AutoModel`` knows ``model_type="bidrn"`` once this module is imported
 (``from hf_lowbit import BiDRNForBodyMesh``).
 """
 

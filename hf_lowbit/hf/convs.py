@@ -1,7 +1,7 @@
 """Models with binary convolutions: from a float model to the training form, from that to the packed one, and loading.
 
 A float checkpoint is never silently taken for a binary model: binarized in one step it computes nothing of use. It is
-accepted with ``BiDRNConfig(for_training=True)``, becomes the training form, and can be packed only after it was trained.
+accepted with ``BiDRNConfig(for_training=True)``, becomes the training form, and is packed only after it was trained.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ outside contributes 0 and not ±1. By bits that is ``dot = n_v - 2 · popcount(a
 ``binary_conv2d`` goes on to ``y = affine[0] · dot + affine[1]`` (a scale of each output channel with batch
 normalization folded in) and to RPReLU, ``t = y + act[1]; (t if t >= 0 else act[0] · t) + act[2]``.
 
-The op in torch below is the definition. Sums are integers below 2^24, so float32 holds them exactly; scales are applied
-in float32 also where ``x`` is bfloat16, which could not hold a dot of 4608.
+The op in torch below is the definition. Sums are integers below 2^24, so float32 holds them exactly; scales are
+applied in float32 also where ``x`` is bfloat16, which could not hold a dot of 4608.
 """
 
 from __future__ import annotations

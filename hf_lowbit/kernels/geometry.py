@@ -118,7 +118,7 @@ class ConvGeometry:
         return one(height, 0), one(width, 1)
 
     def as_rows(self, weight: Tensor) -> Tensor:
-        """Return torch's weight as (out_channels, columns), columns in the order (channel of the group, row, column)."""
+        """Return torch's weight as (out_channels, columns), a row in the order (channel of the group, row, column)."""
         if self.transposed:  # stored as (in_channels, out_channels / groups, rows, columns)
             weight = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         return weight.reshape(self.out_channels, -1)

@@ -12,12 +12,12 @@ def adapt_channels(x: Tensor, channels: int) -> Tensor:
 
     Args:
         x: images.
-        channels: wanted. A multiple of C: copies, one after the other. A divisor of C: the mean of C / channels runs of
-            ``channels`` neighbours. Otherwise channel c is the mean of channels ``⌊c · C / channels⌋`` to
+        channels: wanted. A multiple of C: copies, one after the other. A divisor of C: the mean of C / channels runs
+            of ``channels`` neighbours. Otherwise channel c is the mean of channels ``⌊c · C / channels⌋`` to
             ``⌈(c + 1) · C / channels⌉ - 1``.
 
-    Source: BiSRNet's code pairs runs of channels in its fusion modules; the last case, which BoxNet's first layer needs
-    (2248 to 256), is ours.
+    Source: BiSRNet's code pairs runs of channels in its fusion modules; the last case, which BoxNet's first layer
+    needs (2248 to 256), is ours.
     """
     have = x.shape[1]
     if channels == have:

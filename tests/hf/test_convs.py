@@ -8,8 +8,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
-from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ResNetModel,
+)
 
 from hf_lowbit import (
     BiDRNConfig,
@@ -243,9 +249,9 @@ def test_a_float_checkpoint_for_training_is_no_usable_model(dense, caplog):
         model = AutoModelForImageClassification.from_pretrained(dense, quantization_config=config)
     assert "not trained: the model computes nothing of use" in caplog.text
     assert model.hf_quantizer.is_trainable and model.hf_quantizer.is_qat_trainable
-    with pytest.raises(ValueError, match="have never been trained.*so it is not packed"):
+    with pytest.raises(ValueError, match=r"have never been trained.*so it is not packed"):
         pack_convs(model)
-    with pytest.raises(ValueError, match="the model is in training form; hf_lowbit.pack_convs"):
+    with pytest.raises(ValueError, match=r"the model is in training form; hf_lowbit\.pack_convs"):
         model.save_pretrained(dense.parent / "never")
     assert not (dense.parent / "never" / "model.safetensors").exists()
     pack_convs(model, allow_untrained=True)  # for tests and measurements
@@ -334,8 +340,7 @@ def test_dequantized_models_compute_the_same(packed):
 
 
 def test_compiled_models_compute_the_same(packed):
-    folder, answers = packed
-    model = AutoModelForImageClassification.from_pretrained(folder)
+    model = AutoModelForImageClassification.from_pretrained(packed[0])
     compiled = torch.compile(model.resnet.encoder.stages[1].layers[0], backend="aot_eager", fullgraph=True)
     x = torch.randn(1, 32, 9, 9)
     with torch.no_grad():
@@ -404,7 +409,7 @@ def test_a_flipped_bit_is_found(packed, tmp_path):
     (tmp_path / "flipped").mkdir()
     save_file(tensors, tmp_path / "flipped" / "model.safetensors", metadata)
     (tmp_path / "flipped" / "config.json").write_bytes((packed[0] / "config.json").read_bytes())
-    with pytest.raises(CheckpointError, match="weight_sign in model.safetensors: does not match its checksum"):
+    with pytest.raises(CheckpointError, match=r"weight_sign in model\.safetensors: does not match its checksum"):
         ResNetForImageClassification.from_pretrained(tmp_path / "flipped")
     assert verify(tmp_path / "flipped").problems
 

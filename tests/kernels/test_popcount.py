@@ -237,7 +237,7 @@ def test_a_forced_kernel_says_why_it_cannot():
     geometry = ConvGeometry(4, 4, (1, 1))
     x, sign = torch.zeros(1, 4, 2, 2, dtype=torch.float64), torch.zeros(4, 16, dtype=torch.uint8)
     assert binary_conv_dot(x, sign, None, geometry).eq(-4).all()  # the reference takes it
-    with dispatch.forced("cpu"), pytest.raises(RuntimeError, match="cannot convolve: activations of torch.float64"):
+    with dispatch.forced("cpu"), pytest.raises(RuntimeError, match=r"cannot convolve: activations of torch\.float64"):
         binary_conv_dot(x, sign, None, geometry)
     with dispatch.forced("triton"), pytest.raises(RuntimeError, match="cannot convolve: tensors on cpu"):
         binary_conv_dot(x.float(), sign, None, geometry)

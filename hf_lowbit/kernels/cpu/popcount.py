@@ -84,20 +84,26 @@ def unsupported(dtype: torch.dtype, device: str, geometry: ConvGeometry) -> str 
     return None
 
 
-def kernel_words(sign: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Return a sign plane in the order in which the kernel reads it.
+def kernel_words(sign: Tensor, geometry: ConvGeometry, word: int = _WORD) -> Tensor:
+    """Return a sign plane in the order in which kernels read it.
+
+    Args:
+        sign: (out_channels, plane_bytes), uint8.
+        geometry: of the convolution.
+        word: bits of a word, 32 or 64.
 
     Returns:
-        (groups, taps, words, lanes), int64: bit c of word w is channel ``64 · w + c`` of the group; lanes are the
-        outputs of the group, rounded up to eight.
+        (groups, taps, words, lanes), int32 or int64: bit c of word w is channel ``word · w + c`` of the group; lanes
+        are the outputs of the group, rounded up to eight.
     """
     rows = geometry.out_channels // geometry.groups
     bits = unpack_plane(sign, geometry.columns).view(geometry.groups, rows, geometry.group_channels, geometry.taps)
-    padding = (-geometry.group_channels % _WORD, -rows % _LANES)
+    padding = (-geometry.group_channels % word, -rows % _LANES)
     bits = torch.nn.functional.pad(bits.permute(0, 3, 1, 2), (0, padding[0], 0, padding[1]))  # (groups, taps, rows, c)
-    shifts = torch.arange(8, dtype=torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=sign.device)
     packed = (bits.to(torch.uint8).unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
-    return packed.contiguous().view(torch.int64).transpose(2, 3).contiguous()
+    dtype = torch.int64 if word == _WORD else torch.int32
+    return packed.contiguous().view(dtype).transpose(2, 3).contiguous()
 
 
 def _floats(tensor: Tensor | None) -> Tensor | None:

@@ -2,14 +2,15 @@
 
 Only the structure of a model is looked at. Three patterns are known: Hugging Face's ``convolution, normalization,
 activation`` in one module; ``conv1, bn1, act1`` (timm) or ``conv1, bn1, relu`` side by side in a block; and neighbours
-in an ``nn.Sequential``. Normalization moves into the unit, the ReLU behind it goes, and so do those behind a block's sum
-and behind the first convolution: what a ReLU leaves is never negative, and its sign would be constant. A convolution in
-any other place becomes a unit without normalization.
+in an ``nn.Sequential``. Normalization moves into the unit, the ReLU behind it goes, and so do those behind a block's
+sum and behind the first convolution: what a ReLU leaves is never negative, and its sign would be constant. A
+convolution in any other place becomes a unit without normalization.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
@@ -215,7 +216,8 @@ def make_binary(model: nn.Module, names: tuple[str, ...], options: UnitOptions) 
     drop_stem_activation(model, names)
     made: dict[str, Any] = {}
     for name in names:
-        made[name] = replace_conv(model, name, lambda conv, norm: binary_like(conv, norm, _unit(options, name)))
+        own = _unit(options, name)
+        made[name] = replace_conv(model, name, functools.partial(binary_like, options=own))
     return made
 
 

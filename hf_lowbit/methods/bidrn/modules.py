@@ -30,7 +30,7 @@ class BinaryUnit(nn.Module):
         shift: (C_in,), or (2, C_in) with factors first, or None.
         act: (3, C_out): slope, shift before, shift after, or None.
         beta: slope of the tanh surrogate, or None.
-        trained_batches: how often the unit has run in training with gradients: what has never been trained is not packed.
+        trained_batches: how often the unit has run in training with gradients: what never has is not packed.
     """
 
     weight: nn.Parameter
@@ -394,7 +394,7 @@ class BiDRB(nn.Module):
 
 
 def projection(channels: int, out_channels: int, stride: int, binary: bool, options: UnitOptions | None) -> nn.Module:
-    """Return the 1 × 1 projection with normalization around a block; a binary one has no residual and no activation."""
+    """Return the 1 × 1 projection with normalization around a block; a binary one has no residual, no activation."""
     if binary:
         own = options or UnitOptions()
         plain = UnitOptions(ste=own.ste, shift=own.shift, act="none", lcr=False)

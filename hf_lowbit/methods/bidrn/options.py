@@ -52,8 +52,8 @@ PLAIN = UnitOptions(ste="clip", shift="none", act="none", lcr=False)
 class BiDRNConfig(LowBitConfig):
     """1-bit weights and activations in convolutions, with two full-precision residuals (BiDRN, arXiv 2311.14323).
 
-    The method is one of training. A float checkpoint is accepted with ``for_training=True`` only, and is then no usable
-    model: train it, and pack it with :func:`hf_lowbit.pack_convs`. A packed checkpoint loads like any other.
+    The method is one of training. A float checkpoint is accepted with ``for_training=True`` only, and is then no
+    usable model: train it, and pack it with :func:`hf_lowbit.pack_convs`. A packed checkpoint loads like any other.
     """
 
     method: ClassVar[str] = "bidrn"
