@@ -375,7 +375,19 @@ def _cpu_why_not(dtype: torch.dtype, device: str, parts: tuple[Any, ...], sizes:
         return f"activations of {dtype}"
     if sizes.rounds and sizes.mode in KERNEL_MODES:
         return cpu.unsupported(parts, sizes)
-    return cpu.integer.unsupported(torch.float32, parts, sizes[:3])
+    return cpu.integer.unsupported(torch.float32, _centred(parts), sizes[:3])
+
+
+def _centred(parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return parts without a floating zero point of whole rows: what it shifts is added behind, see :func:`_shift`."""
+    packed, scale, zero = parts
+    return (packed, scale, None) if zero is not None and zero.is_floating_point() and scale.shape[1] == 1 else parts
+
+
+def _shift(rows: Tensor, parts: tuple[Any, ...], bits: int) -> Tensor:
+    """Return what :func:`_centred` leaves out, ``Σ_j x[j] · scale · (2^(bits-1) - zero)``, (tokens, out_features)."""
+    _, scale, zero = parts
+    return rows.sum(1, keepdim=True) * (scale.float() * (2.0 ** (bits - 1) - zero.float())).T
 
 
 def _cpu_linear(x: Tensor, tensors: tuple[Any, ...], sizes: Sizes) -> Tensor:
@@ -384,7 +396,11 @@ def _cpu_linear(x: Tensor, tensors: tuple[Any, ...], sizes: Sizes) -> Tensor:
         made = cpu.linear(x, tensors, sizes)
         return reference(x, tensors, sizes) if made is None else made
     bias = None if tensors[3] is None else tensors[3].float()
-    out = cpu.integer.linear(_rows(x, tensors, sizes), tensors[:3], bias, sizes[:3])
+    rows, parts = _rows(x, tensors, sizes), tensors[:3]
+    centred = _centred(parts)
+    out = cpu.integer.linear(rows, centred, bias, sizes[:3])
+    if centred is not parts:
+        out = out + _shift(rows, parts, sizes.bits)
     return out.to(x.dtype).reshape(*x.shape[:-1], out.shape[-1])
 
 

@@ -11,6 +11,7 @@ from hf_lowbit import PackedLinear
 from hf_lowbit.formats import IntegerFormat
 from hf_lowbit.formats.integer import IntegerSpec
 from hf_lowbit.kernels.activation import (
+    TABLE,
     Sizes,
     integer_act_linear,
     integer_form,
@@ -18,7 +19,9 @@ from hf_lowbit.kernels.activation import (
     quantize_range,
     range_codes,
     range_step,
+    reference,
 )
+from hf_lowbit.kernels.cpu import integer as cpu
 
 BOUNDS = torch.tensor([-1.3, 2.1])
 
@@ -68,6 +71,23 @@ def test_integer_form_equals_dequantized_form(bits, activation, act_bits):
     want = step * step_w * (q @ q_w.T) + step * low_w * q.sum(1, keepdim=True)
     want = want + low * step_w * q_w.sum(1) + 50 * low * low_w + bias.double()
     assert float((found.double() - want).norm() / want.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("activation", ["static", "dynamic"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_codes_are_multiplied_where_there_is_a_library(bits, activation):
+    """Grids of any ends go through the kernel for centred ones, and a product of sums behind it."""
+    form, _ = form_of(bits, rows=36, columns=130, activation=activation)
+    scale, zero = form._grid()
+    bounds = form.act_bounds
+    tensors = (form.packed, scale, zero, torch.randn(36), None, None, bounds)
+    sizes = Sizes(130, bits, 0, 0, activation, 4, 0)
+    x = torch.randn(5, 3, 130)
+    kernel = TABLE.choose(torch.float32, "cpu", tensors[:3], sizes)
+    assert kernel.name == ("cpu" if cpu.load()[0] is not None else "reference")
+    found, want = kernel.linear(x, tensors, sizes), reference(x, tensors, sizes)
+    assert found.shape == want.shape == (5, 3, 36)
+    assert float((found - want).norm() / want.norm()) < 1e-5  # two float32 sums that partly cancel
 
 
 def test_values_outside_are_clipped_and_none_are_lost():
