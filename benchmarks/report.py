@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks import (
     cards,
     report_adasvd,
+    report_binary_conv,
     report_cache,
     report_condiquant,
     report_integer,
@@ -177,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-layers": layers,
     "quality-order": order,
     "drills": drills,
+    **report_binary_conv.TABLES,
     **report_kernels.TABLES,
     **report_pbs2p.TABLES,
     **report_adasvd.TABLES,
