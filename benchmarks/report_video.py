@@ -22,9 +22,10 @@ TITLES = {
     "groups, full rotation, minmax": "groups of 32, rotation of all columns, minimum and maximum",
     "groups, full rotation": "groups of 32, rotation of all columns, BGR",
     "groups, blocks": "groups of 32, rotation in blocks, BGR",
-    "groups, blocks, balance": "the same with the balance of columns, β = 0.5",
+    "groups, blocks, balance": "the same with the balance of all columns, β = 0.5",
     "groups, blocks, balance 1": "the same, β = 1",
-    "default": "**default**: groups of 64, blocks of 128, BGR, balance",
+    "groups, blocks, outliers": "the same, balance of columns that stand out",
+    "default": "**default**: groups of 64, blocks of 128, BGR, balance of columns that stand out",
 }
 # PSNR of W4A4 known before, on another model trained by the same recipe: clean, with outlier channels.
 KNOWN: dict[str, tuple[float | None, float | None]] = {

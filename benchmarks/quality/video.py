@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import hf_lowbit
 from assets import video
-from benchmarks.common import write_result
+from benchmarks.common import read_results, write_result
 from hf_lowbit import DVDQuantConfig, RunOptions, set_act_bits
 from hf_lowbit.formats import IntegerFormat
 from hf_lowbit.kernels import dispatch
@@ -60,8 +60,9 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "groups, full rotation": {**GROUPED, "rotation": "full", "balance": "none"},
     "groups, full rotation, minmax": {**GROUPED, "rotation": "full", "balance": "none", "weight_init": "minmax"},
     "groups, blocks": {**GROUPED, "balance": "none"},
-    "groups, blocks, balance": dict(GROUPED),
-    "groups, blocks, balance 1": {**GROUPED, "beta": 1.0},
+    "groups, blocks, balance": {**GROUPED, "beta": 0.5, "balance_beyond": 1.0},
+    "groups, blocks, balance 1": {**GROUPED, "balance_beyond": 1.0},
+    "groups, blocks, outliers": dict(GROUPED),
     "default": {},
 }
 WIDTHS = (16, 8, 6, 4)
@@ -89,15 +90,19 @@ def models() -> Iterator[tuple[str, Any]]:
     yield "outliers", video.load(outliers=True)
 
 
-def schemes() -> dict[str, Any]:
-    """Return decibels of every scheme and width on both models."""
+def schemes(only: list[str] | None) -> dict[str, Any]:
+    """Return decibels of every scheme and width on both models; of those in ``only`` anew, the others as stored."""
+    before = read_results("quality_video").get("schemes", {}).get("figures", {}) if only else {}
     figures: dict[str, Any] = {}
     for kind, model in models():
         want = video.sample(model)
         rows: dict[str, Any] = {"other noise": video.psnr(video.sample(model, seed=101), want)}
         if kind == "outliers":
             rows["injection"] = video.psnr(want, video.sample(video.load()))
+        rows = {**before.get(kind, {}), **rows}
         for name, options in tqdm(SCHEMES.items(), desc=kind, unit="scheme"):
+            if only and name not in only:
+                continue
             found = compressed(model, options)
             layers = hf_lowbit.packed_modules(found).values()
             weights = sum(layer.in_features * layer.out_features for layer in layers)
@@ -296,11 +301,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--write", action="store_true", help="size: compress a file of that size, too")
+    parser.add_argument("--only", nargs="+", choices=SCHEMES, help="schemes: measure these anew, keep the others")
     parser.add_argument("--kernel", help="name of a kernel to use, see `hf-lowbit bench --list`")
     arguments = parser.parse_args()
     with dispatch.forced(arguments.kernel) if arguments.kernel else contextlib.nullcontext():
         for part in arguments.part:
-            result = size(arguments.write) if part == "size" else globals()[part]()
+            if part in ("size", "schemes"):
+                result = size(arguments.write) if part == "size" else schemes(arguments.only)
+            else:
+                result = globals()[part]()
             print(write_result(f"quality_video/{part}", result))
 
 

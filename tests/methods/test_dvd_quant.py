@@ -235,7 +235,8 @@ CHANGES = {
     "refine": {"refine": "full"}, "n_bounds": {"n_bounds": 7}, "max_shrink": {"max_shrink": 0.0},
     "iters": {"iters": 0}, "tol": {"tol": 0.9}, "rotation": {"rotation": "full"}, "scale_dtype":
     {"scale_dtype": "float32"}, "rotation_block": {"rotation_block": 16}, "rotation_signs_seed":
-    {"rotation_signs_seed": 1}, "balance": {"balance": "none"}, "beta": {"beta": 1.0}, "act_scale":
+    {"rotation_signs_seed": 1}, "balance": {"balance": "none"}, "beta": {"beta": 0.5},
+    "balance_beyond": {"balance_beyond": 1.0}, "act_scale":
     {"act_scale": "token"}, "act_group_size": {"act_group_size": 32}, "delta": {"delta": None},
     "a_bits_high": {"a_bits_high": 7},
 }  # fmt: skip
@@ -323,19 +324,18 @@ def test_rotation_follows_the_columns(columns):
 def test_balance_of_columns():
     weight = weight_of() * torch.logspace(-3, 3, 256)
     weight[:, 5] = 0
+    largest = weight.abs().amax(0)
+    median = float(largest[largest > 0].median())
     for beta in (0.5, 1.0):
-        factors = column_balance(weight, beta)
-        used = torch.arange(256) != 5
-        assert float(factors[5]) == 1
-        assert bool((factors >= 1 / 1024).all() and (factors <= 1024).all())
-        inside = used & (factors > 1 / 1024) & (factors < 1024)
-        largest = weight.abs().amax(0)
-        want = largest[inside].log() * -beta
-        shift = factors[inside].log() - want
-        assert torch.allclose(shift, shift.mean().expand_as(shift), atol=1e-4)
-    even = column_balance(weight_of(), 0.5)
-    assert float(even.log().mean()) == pytest.approx(0, abs=1e-5)
-    assert torch.equal(column_balance(weight_of(), 0.0), torch.ones(256))
+        for beyond in (1.0, 4.0):
+            factors = column_balance(weight, beta, beyond)
+            for j, value in enumerate((largest / median).tolist()):
+                stands_out = value > 0 and (value > beyond or value < 1 / beyond)
+                want = min(max(value**-beta, 1 / 1024), 1024) if stands_out else 1.0
+                assert float(factors[j]) == pytest.approx(want, rel=1e-5)
+    assert torch.equal(column_balance(weight, 0.0, 1.0), torch.ones(256))
+    assert torch.equal(column_balance(torch.zeros(3, 16), 1.0, 1.0), torch.ones(16))
+    assert torch.equal(column_balance(torch.randn(64, 256), 1.0, 4.0), torch.ones(256))  # nothing stands out
 
 
 @pytest.mark.parametrize(

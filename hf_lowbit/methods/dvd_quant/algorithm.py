@@ -208,14 +208,18 @@ def fit(rows: Tensor, group_size: int, search: Search, where: str) -> IntegerFit
     return IntegerFit(codes, scale.to(search.scale_dtype), None if search.symmetric else zero.to(torch.uint8))
 
 
-def column_balance(weight: Tensor, beta: float) -> Tensor:
-    """Factors that even out the columns of a weight: ``s_j ∝ (max_i |w_ij|)^{-β}``, of geometric mean 1.
+def column_balance(weight: Tensor, beta: float, beyond: float) -> Tensor:
+    """Factors that even out the columns of a weight that stand out: ``s_j = r_j^{-β}``, by which inputs are divided.
 
-    Inputs are divided by them. Channels that a model scales up on one side and down on the other become alike.
+    ``r_j`` is the largest weight of column j relative to that of the median column. Channels that a model scales up
+    on one side of a product and down on the other become alike on both. Columns that do not stand out say little of
+    their inputs: balancing all of them costs as much on a model without such channels as it gains on one with them
+    (``python -m benchmarks.quality.video``).
 
     Args:
         weight: (n, m), floating.
-        beta: from 0, no change, to 1, all columns with the same largest value.
+        beta: from 0, no change, to 1, balanced columns have the largest value of the median one.
+        beyond: columns with ``r_j`` above it or below its inverse are balanced; 1 for all.
 
     Returns:
         (m,), float32, from 1/1024 to 1024; 1 for columns of zeros.
@@ -224,10 +228,11 @@ def column_balance(weight: Tensor, beta: float) -> Tensor:
     """
     largest = weight.float().abs().amax(0)
     used = largest > 0
-    exponents = torch.where(used, -beta * torch.where(used, largest, torch.ones_like(largest)).log2(), 0.0)
-    mean = exponents.sum() / used.sum().clamp(min=1)
-    factors = torch.where(used, exponents - mean, 0.0).exp2()
-    return factors.clamp(1 / _MOST_SMOOTH, _MOST_SMOOTH)
+    ratio = torch.ones_like(largest)
+    if bool(used.any()):
+        ratio = torch.where(used, largest / largest[used].median(), ratio)
+    stands_out = (ratio > beyond) | (ratio < 1 / beyond)
+    return torch.where(stands_out, ratio.pow(-beta), 1.0).clamp(1 / _MOST_SMOOTH, _MOST_SMOOTH)
 
 
 def rotation_of(columns: int, options: DVDQuantConfig) -> int:
@@ -285,7 +290,7 @@ def quantize(weight: Tensor, options: DVDQuantConfig, where: str, activations: b
     spec = spec_of((rows.shape[0], rows.shape[1]), options, activations)
     smooth = signs = None
     if spec.smooth:
-        smooth = column_balance(rows, options.beta).to(dtype)
+        smooth = column_balance(rows, options.beta, options.balance_beyond).to(dtype)
         rows = rows * smooth.float()
     if spec.rotation_signs and options.rotation_signs_seed is not None:
         signs = turning.random_signs(spec.in_features, options.rotation_signs_seed).to(rows.device)

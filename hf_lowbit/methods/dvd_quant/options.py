@@ -54,7 +54,8 @@ class DVDQuantConfig(LowBitConfig):
     ``DVDQuantConfig()`` stores weights of 4 bits and rounds activations to 8, or in diffusion steps that change little
     to 4 bits (``delta``); ``DVDQuantConfig(preset="w4a4")`` always to 4. Presets set other defaults and can be
     combined with options: ``paper`` is what the paper states, ``default`` adds a scale for each 64 columns, rotation
-    in blocks of 128 and the balance of columns, ``w4a8`` and ``w4a4`` are ``default`` with one width of activations.
+    in blocks of 128 and the balance of columns that stand out, ``w4a8`` and ``w4a4`` are ``default`` with one width
+    of activations.
 
     In a diffusion transformer the attention and feed-forward layers of the repeated blocks are rounded on both sides,
     their modulation in weights only, and all else stays dense. In any other model all layers that are compressed are
@@ -98,10 +99,16 @@ class DVDQuantConfig(LowBitConfig):
     )
     balance: str = option(
         "weight_columns",
-        "even out columns before the rotation by the weights' own largest values; none: do not",
+        "even out columns that stand out by the weights' own largest values, before the rotation; none: do not",
         choices=("weight_columns", "none"),
     )
-    beta: float = option(0.5, "strength of the balance (β)", low=0.0, high=1.0)
+    beta: float = option(1.0, "strength of the balance (β)", low=0.0, high=1.0)
+    balance_beyond: float = option(
+        4.0,
+        "how many times larger or smaller than in the median column weights must be; 1: all columns",
+        low=1.0,
+        high=1e6,
+    )
     act_scale: str = option(
         "token_group",
         "which activations share a scale; channel is the printed form, which no integer product can follow",
