@@ -1,12 +1,13 @@
 """The examples run from the first line to the last on the real model, with hardly any data."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
 
-from examples import demo, long_context, super_resolution_w2a2, video_cached, video_w4a4
+from examples import binary_convs, demo, long_context, super_resolution_w2a2, video_cached, video_w4a4
 
 
 @pytest.mark.slow
@@ -80,3 +81,16 @@ def test_super_resolution_w2a2(tmp_path, monkeypatch, capsys):
     strip = Image.open(tmp_path / "strip.png")
     assert strip.size == (6 * 132 + 4, 2 * 132 + 4)  # bicubic, dense, three widths, truth; two photographs
     assert {path.name for path in tmp_path.iterdir()} == {"w4a4", "w3a3", "w2a2", "strip.png"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_binary_convs(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "digits.json"
+    monkeypatch.setattr("sys.argv", ["binary_convs", "--tiny", "--json", str(file)])
+    binary_convs.main()
+    shown = capsys.readouterr().out
+    found = json.loads(file.read_text(encoding="utf-8"))["accuracy"]
+    assert found["bidrb"][0] > found["bnn"][0] + 0.15
+    for line in ("both residuals (BiDRB), seed 0", "packed 18 convolutions", "accuracy of the packed network, from its file"):
+        assert line in shown
