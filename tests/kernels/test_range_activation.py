@@ -87,7 +87,7 @@ def test_packed_codes_are_multiplied_where_there_is_a_library(bits, activation):
     assert kernel.name == ("cpu" if cpu.load()[0] is not None else "reference")
     found, want = kernel.linear(x, tensors, sizes), reference(x, tensors, sizes)
     assert found.shape == want.shape == (5, 3, 36)
-    assert float((found - want).norm() / want.norm()) < 1e-5  # two float32 sums that partly cancel
+    assert float((found - want).norm() / want.norm()) < 1e-4  # the part of one value has step 1: at 8 bits, 128 cancels
 
 
 def test_values_outside_are_clipped_and_none_are_lost():
