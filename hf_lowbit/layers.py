@@ -26,6 +26,7 @@ DENSE_TYPES = (nn.Linear, Conv1D)
 class PackedModule(nn.Module):
     """What all packed layers share: tensors of a format as frozen parameters, and a stub in place of the weight."""
 
+    weight: Any  # the stub
     format_type: type[Format]
     spec: Any
 
