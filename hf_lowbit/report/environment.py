@@ -199,24 +199,36 @@ def _autoload_installs() -> bool:
 def kernels() -> list[dict[str, str]]:
     """Return for every op of the package and every kind of device which kernel runs, and why not another one.
 
-    Asked for the layer that the default options of ARB-LLM make; `hf-lowbit bench --list` asks for those of a model.
+    Asked for the layer that the default options of ARB-LLM make, and for 4 bits in groups of 64 columns;
+    `hf-lowbit bench --list` asks for those of a model.
     """
     import torch
 
-    from hf_lowbit.formats import BinaryFormat, BinarySpec
+    from hf_lowbit.formats import BinaryFormat, BinarySpec, IntegerFormat, IntegerSpec
     from hf_lowbit.kernels import dispatch
     from hf_lowbit.kernels.ops import LIBRARY
 
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{LIBRARY.ns}::"))
     spec = BinarySpec(4096, 4096, groups=2, salient=384, salient_groups=2, col_scales=True)
     parts, sizes = BinaryFormat.empty(spec).call_arguments()
+    four: dict[str, Any] = {"bits": 4, "group_size": 64, "symmetric": False}
+    rounded: dict[str, Any] = {"rotation": 128, "activation": "token_group", "act_group_size": 64}
+    integers = IntegerFormat.empty(IntegerSpec(4096, 4096, **four))
+    rounding = IntegerFormat.empty(IntegerSpec(4096, 4096, **four, **rounded))
     rows = []
     for kind in dict.fromkeys(device["kind"] for device in devices()):
-        found = dispatch.reasons(torch.bfloat16, kind, parts, sizes)
-        taken = next(name for name, reason in found.items() if reason.startswith("taken"))
-        refused = "; ".join(f"{name} {reason}" for name, reason in found.items() if reason.startswith("cannot"))
-        why = found[taken].removeprefix("taken: ") + (f" ({refused})" if refused else "")
-        rows += [{"op": name, "device": kind, "backend": taken, "why": why} for name in names]
+        by_family = {
+            "integer_act": rounding.kernel_reasons(torch.bfloat16, kind),
+            "integer": integers.kernel_reasons(torch.bfloat16, kind),
+            "": dispatch.reasons(torch.bfloat16, kind, parts, sizes),
+        }
+        for name in names:
+            family = next(family for family in by_family if name.removeprefix(f"{LIBRARY.ns}::").startswith(family))
+            found = by_family[family]
+            taken = next(name for name, reason in found.items() if reason.startswith("taken"))
+            refused = "; ".join(f"{name} {reason}" for name, reason in found.items() if reason.startswith("cannot"))
+            why = found[taken].removeprefix("taken: ") + (f" ({refused})" if refused else "")
+            rows.append({"op": name, "device": kind, "backend": taken, "why": why})
     return rows
 
 
