@@ -46,7 +46,7 @@ class PackedConv2d(PackedModule, nn.Conv2d):
     def residual(self, x: Tensor) -> Tensor:
         """Return the input in the shape of the output, in full precision."""
         size = self.spec.geometry.output_size(x.shape[2], x.shape[3])
-        return adapt_shape(x, self.out_channels, size, self.stride, self.transposed)
+        return adapt_shape(x, self.out_channels, size, self.spec.geometry.stride, self.transposed)
 
     def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
         """Convolve (N, in_channels, H, W); the result has the dtype of the input.
@@ -73,6 +73,10 @@ class PackedConv2d(PackedModule, nn.Conv2d):
 
 class UnpackedConv2d(nn.Module):
     """What a packed convolution computes, by torch's convolution of a dense weight; activations stay signs."""
+
+    affine: Any
+    shift: Any
+    act: Any
 
     def __init__(self, layer: PackedConv2d, dtype: torch.dtype) -> None:
         super().__init__()

@@ -139,7 +139,8 @@ class BinaryConvSpec(Spec):
     @functools.cached_property
     def geometry(self) -> ConvGeometry:
         """The shape of the convolution."""
-        fields = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(ConvGeometry)}
+        names = (field.name for field in dataclasses.fields(ConvGeometry))
+        fields: dict[str, Any] = {name: getattr(self, name, None) for name in names}
         return ConvGeometry(**{**fields, "out_channels": self.out_features})
 
 
@@ -197,11 +198,14 @@ class BinaryConvFormat(Format):
         if problems := spec.problems():
             raise ValueError("; ".join(problems))
         dtype = SIDE_DTYPES[spec.side_dtype]
-        parts = {"affine": affine, "shift": shift, "act": act}
+        parts: dict[str, Any] = {"affine": affine, "shift": shift, "act": act}
+        stored: dict[str, Any] = {
+            name: None if part is None else part.detach().to(dtype).contiguous() for name, part in parts.items()
+        }
         packed = cls(
             spec=spec,
             sign=pack_plane(spec.geometry.as_rows(weight) >= 0),
-            **{name: None if part is None else part.detach().to(dtype).contiguous() for name, part in parts.items()},
+            **stored,
         )
         packed.validate("packed convolution")
         return packed

