@@ -14,6 +14,7 @@ import argparse
 import copy
 import functools
 import itertools
+import json
 import math
 import sys
 import time
@@ -130,6 +131,14 @@ def quantcache_settings() -> list[dict[str, Any]]:
     found += [{"intervals": [1, 1, 1], "prune_high": high, "prune_mode": mode}
               for high in (0.98, 0.95, 0.9) for mode in ("cached", "identity")]  # fmt: skip
     found += [{"schedule": "per_block", "extrapolation": order, **adaptive[n]} for order in (0, 1) for n in (4, 6, 12)]
+    fine = [
+        {"intervals": list(intervals), "deltas": list(deltas)}
+        for intervals in ((3, 2, 1), (3, 2, 2))
+        for deltas in ((0.07, 0.12), (0.09, 0.16), (0.12, 0.2), (0.12, 0.25), (0.16, 0.25))
+    ]
+    found += [{**setting, "extrapolation": order} for order in (1, 2) for setting in fine]
+    later = [{**setting, "warmup": 4} for setting in (*fixed[:3], *adaptive[1:4], *adaptive[5:11])]
+    found += [{**setting, "extrapolation": order} for order in (1, 2) for setting in later]
     return [{}, {"extrapolation": 0}, *found]
 
 
@@ -198,17 +207,19 @@ def mag_ratios(bench: Bench) -> list[float]:
     return [1.0, *(float((b / a).mean()) for a, b in itertools.pairwise(norms))]
 
 
-def sweep(bench: Bench, keep: Callable[[list[Made]], None]) -> None:
-    """Measure every setting of every cache; what there is so far is kept after each."""
-    rows: list[Made] = []
+def sweep(bench: Bench, keep: Callable[[list[Made]], None], rows: list[Made]) -> None:
+    """Measure every setting of every cache that is not among the rows; what there is so far is kept after each."""
+    known = [(row["cache"], json.loads(json.dumps(row["settings"]))) for row in rows]
     for settings in quantcache_settings():
+        if ("QuantCache", settings) in known:
+            continue
         rows.append(bench.measure("QuantCache", settings, QuantCacheConfig(**settings)))
         _tell(rows[-1])
         keep(rows)
     ratios = mag_ratios(bench)
     refused: dict[str, str] = {}
     for name, settings, make in others(bench.pipeline):
-        if name in refused:
+        if name in refused or (name, json.loads(json.dumps(settings))) in known:
             continue
         try:
             config = (
@@ -307,6 +318,7 @@ def main() -> int:
     """Measure, or draw what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", action="store_true", help="only draw")
+    parser.add_argument("--fresh", action="store_true", help="measure settings again that the result file has")
     parser.add_argument("--part", choices=("sweep", "together", "all"), default="all")
     parser.add_argument("--budget", choices=tuple(video.BUDGETS), default="full", help="quick only tries the command")
     arguments = parser.parse_args()
@@ -324,7 +336,8 @@ def main() -> int:
                     write_result(f"video_cache/{name}", {**setup, "rows": rows})
 
             if part == "sweep":
-                sweep(bench, keep)
+                before = {} if arguments.fresh else read_results("video_cache").get("sweep", {})
+                sweep(bench, keep, before.get("rows", []))
             else:
                 together(bench, outliers, keep)
     results = read_results("video_cache")

@@ -52,10 +52,10 @@ class BitOwner:
         return getattr(getattr(self._transformer, delta_gbs.NAME, None), "hook", None)
 
     def choose(self, bits: int) -> int | None:
-        """Set the bits of a step that is computed, and return those that the layers have then."""
+        """Set the bits of a step that is computed, and return those that the layers have then; None without layers."""
         layers = self.layers()
         if not layers:
-            return bits
+            return None
         # delta-GBS decides before a call; one that was put on in the middle of a call comes too late for it
         if self._config.bit_policy != "delta_gbs" or layers[0].act_bits is None:
             set_act_bits(self._transformer, bits)

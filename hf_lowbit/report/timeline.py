@@ -140,27 +140,33 @@ class CacheReport:
             raise HfLowbitError(
                 "plots need matplotlib, which is not installed: pip install 'hf-lowbit[plots]'"
             ) from error
-        figure = Figure(figsize=(max(6.0, 0.25 * self.steps), 6.5), layout="constrained")
-        panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.5, 2))
-        steps = [row["step"] for row in self.rows]
-        known = [
-            (row["step"], row["divergence"], row["interval"]) for row in self.rows if row["divergence"] is not None
-        ]
-        panels[0].plot([step for step, _, _ in known], [value for _, value, _ in known], marker="o", color="#4c72b0")
-        for step, value, length in known:
-            panels[0].annotate(str(length), (step, value), textcoords="offset points", xytext=(0, 6), ha="center")
-        panels[0].set_ylabel("D (number: interval)")
-        panels[0].set_ylim(bottom=0)
-        panels[0].set_title(str(self).replace(", ", ",\n", 1), fontsize="medium")
-        panels[0].margins(y=0.15)
         with_bits = [(row["step"], row["bits"]) for row in self.rows if row["bits"] is not None]
-        panels[1].bar([step for step, _ in with_bits], [bits for _, bits in with_bits], color="#8172b2")
-        panels[1].set_ylabel("activation\nbits")
-        run = [row["computed"] * self.blocks - len(row["pruned"]) for row in self.rows]
-        panels[2].bar(steps, run, color="#55a868", label="run")
-        panels[2].bar(steps, [len(row["pruned"]) for row in self.rows], bottom=run, color="#c44e52", label="bypassed")
-        panels[2].set_ylabel("blocks")
-        panels[2].set_xlabel("step")
-        panels[2].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
+        heights = (3, 1.5, 2) if with_bits else (3, 2)
+        figure = Figure(figsize=(max(6.0, 0.25 * self.steps), sum(heights)), layout="constrained")
+        panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+        self._draw_divergence(panels[0])
+        if with_bits:
+            panels[1].bar([step for step, _ in with_bits], [bits for _, bits in with_bits], color="#8172b2")
+            panels[1].set_ylabel("activation\nbits")
+        self._draw_blocks(panels[-1])
         figure.savefig(target, format="png", dpi=150)
         return target
+
+    def _draw_divergence(self, axes: Any) -> None:
+        known = [(row["step"], row["divergence"], row["interval"]) for row in self.rows if row["interval"] is not None]
+        axes.plot([step for step, _, _ in known], [value for _, value, _ in known], marker="o", color="#4c72b0")
+        for step, value, length in known:
+            axes.annotate(str(length), (step, value), textcoords="offset points", xytext=(0, 6), ha="center")
+        axes.set_ylabel("D (number: interval)")
+        axes.margins(y=0.15)
+        axes.set_ylim(bottom=0)
+        axes.set_title(str(self).replace(", ", ",\n", 1), fontsize="medium")
+
+    def _draw_blocks(self, axes: Any) -> None:
+        steps, bypassed = [row["step"] for row in self.rows], [len(row["pruned"]) for row in self.rows]
+        run = [row["computed"] * self.blocks - count for row, count in zip(self.rows, bypassed, strict=True)]
+        axes.bar(steps, run, color="#55a868", label="run")
+        axes.bar(steps, bypassed, bottom=run, color="#c44e52", label="bypassed")
+        axes.set_ylabel("blocks")
+        axes.set_xlabel("step")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
