@@ -99,6 +99,18 @@ def test_the_library_was_built():
     assert CONV_KERNELS["cpu"].why_not(torch.float32, "cpu", CASES["7 x 7"][0]) is None
 
 
+def test_without_the_library_the_reference_runs(monkeypatch):
+    geometry, size = CASES["down scale"]
+    x, positive, shift = parts(geometry, size)
+    arguments = (x, pack_plane(positive), shift, torch.randn(2, 16), torch.randn(3, 16), geometry)
+    expected = binary_conv2d(*arguments)
+    monkeypatch.setattr(cpu, "load", lambda: (None, "it was not built"))
+    assert conv.choose_conv(x.dtype, "cpu", geometry).name == "reference"
+    assert torch.equal(binary_conv2d(*arguments), expected)  # the same roundings, too
+    with dispatch.forced("cpu"), pytest.raises(RuntimeError, match="no compiled library: it was not built"):
+        binary_conv2d(*arguments)
+
+
 def test_random_shapes():
     generator = random.Random(1)
     for number in range(60):

@@ -190,3 +190,13 @@ def test_the_command_line_shows_the_records():
     table = tables.methods_table(registry.methods())
     assert list(table.columns[0].cells) == [row["name"] for row in rows]
     assert "W1" in list(table.columns[3].cells)
+
+
+def test_cards_cite_what_the_records_cite():
+    """The cards' templates hold the same entries; only line breaks may differ."""
+    from hf_lowbit.hf.card_page import TEMPLATES
+
+    for slug, info in METHODS.items():
+        template = TEMPLATES / f"{slug}.bib.jinja"
+        if template.is_file():
+            assert template.read_text(encoding="utf-8").split() == info.bibtex.split(), slug

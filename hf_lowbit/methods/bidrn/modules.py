@@ -2,7 +2,9 @@
 
 A unit is ``x → shift → sign → convolution with α s(W) → batch normalization → RPReLU``, plus the full-precision input
 (local convolution residual, LCR). A block adds its own full-precision residual (BR) around its units. The names and
-the wiring of the paper's four modules are not in what could be read; those below are the ones of its ancestor BiSRNet.
+the wiring of the paper's four modules are not in what could be read; those below are those of its ancestor BiSRNet.
+
+A latent weight beyond 1 in size gets no gradient any more: weight decay, if there is one, is the only force on it.
 """
 
 from __future__ import annotations
