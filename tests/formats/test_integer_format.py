@@ -98,7 +98,8 @@ def test_schema_shapes_and_gradients_of_the_ops():
         grads = x.grad.clone(), bias.grad.clone()
         x.grad = bias.grad = None
         torch.nn.functional.linear(x, form.unpack(), bias).square().sum().backward()
-        torch.testing.assert_close(grads, (x.grad, bias.grad))
+        # squares of sums to some hundreds, which two kernels add in different orders
+        torch.testing.assert_close(grads, (x.grad, bias.grad), rtol=1e-4, atol=1e-3)
         layer = PackedLinear(form, None, torch.float32)
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), layer(x))
