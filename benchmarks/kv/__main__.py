@@ -174,6 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short context; writes nothing")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="others keep figures")
+    parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS, help="tokens in a cache")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each case, at least ten turns")
     arguments = parser.parse_args()
@@ -185,7 +186,7 @@ def main() -> None:
         shape = SHAPES[name]
         cases = [] if arguments.quick else result["shapes"].setdefault(name, {}).setdefault("cases", [])
         known = {(case["tokens"], case["batch"]) for case in cases}
-        for tokens in CONTEXTS[:1] if arguments.quick else CONTEXTS:
+        for tokens in CONTEXTS[:1] if arguments.quick else arguments.contexts:
             for batch in BATCHES:
                 if tokens * batch * 2 * shape.width > _LARGEST or (tokens, batch) in known:
                     continue

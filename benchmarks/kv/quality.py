@@ -129,11 +129,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192, help="length of the longest text (default 8192)")
     parser.add_argument("--texts", type=int, default=3, help="number of texts for perplexity (default 3)")
+    parser.add_argument("--needles", type=int, default=4096, help="length of the longest text with a needle")
     arguments = parser.parse_args()
     path = assets.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(path)
     texts = heldout_tokens(assets.wikipedia("heldout"), tokenizer, arguments.texts, arguments.tokens)
-    lengths = [length for length in LENGTHS if length <= arguments.tokens]
+    lengths = [length for length in LENGTHS if length <= min(arguments.tokens, arguments.needles)]
     models = {None: AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)}
     models[0] = AutoModelForCausalLM.from_pretrained(compressed(), dtype=torch.bfloat16)
     rows: dict[str, Any] = {}
