@@ -115,7 +115,9 @@ def show_packed(model: nn.Module, data: Data) -> None:
     sizes = pack_convs(model)
     with torch.no_grad():
         after = model(images)
-    print(f"packed {len(sizes)} convolutions: {sum(sizes.values()):,} bytes of {dense:,} for the float network")
+    whole = sum(tensor.nbytes for tensor in model.state_dict().values())
+    print(f"packed {len(sizes)} convolutions into {sum(sizes.values()):,} bytes")
+    print(f"whole network: {whole:,} bytes, {dense:,} with float32 weights")
     print(f"largest difference of an output: {float((after - before).abs().max()):.1e}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "digits.safetensors"
