@@ -191,9 +191,9 @@ def size() -> str:
     if not result:
         return NOT_YET
     rows = [["dense, bfloat16", "–", "16", number(result["dense_bytes"] / 1e6, 0), "1"]]
-    for preset, row in result["figures"].items():
+    for title, row in result["figures"].items():
         cells = [number(row["bits_per_weight"], 3), number(row["bytes"] / 1e6, 0), number(row["times_smaller"], 2)]
-        rows.append([f'`preset="{preset}"`', str(row["layers"]), *cells])
+        rows.append([f"`{title}`", str(row["layers"]), *cells])
     header = ["shape of Wan2.1-1.3B", "packed layers", "bits of a packed weight", "MB", "times smaller"]
     found = result.get("written")
     note = ""

@@ -231,16 +231,21 @@ def weights() -> dict[str, Any]:
     return {"figures": figures}
 
 
+SIZES: dict[str, dict[str, Any]] = {
+    "default": {}, "group_size=32": {"group_size": 32}, 'preset="paper"': {"preset": "paper"},
+}  # fmt: skip
+
+
 def size(write: bool) -> dict[str, Any]:
-    """Return bytes of a transformer of Wan2.1-1.3B's shape, dense in bfloat16 and packed, for each preset."""
+    """Return bytes of a transformer of Wan2.1-1.3B's shape, dense in bfloat16 and packed, for some options."""
     from diffusers import WanTransformer3DModel
 
     with torch.device("meta"):
         model = WanTransformer3DModel(**WAN)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows: dict[str, Any] = {}
-    for preset in ("default", "paper"):
-        config = DVDQuantConfig(preset=preset)
+    for title, options in SIZES.items():
+        config = DVDQuantConfig(**options)
         packed = weights = layers = 0
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear):
@@ -251,7 +256,7 @@ def size(write: bool) -> dict[str, Any]:
                 packed += IntegerFormat.empty(spec).nbytes
                 weights, layers = weights + shape[0] * shape[1], layers + 1
         total = packed + 2 * (parameters - weights)
-        rows[preset] = {
+        rows[title] = {
             "layers": layers,
             "bits_per_weight": 8 * packed / weights,
             "bytes": total,
