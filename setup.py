@@ -1,5 +1,6 @@
 """Builds the CPU kernels; all else is in pyproject.toml. Without a compiler the package installs without them."""
 
+import os
 import platform
 import sys
 
@@ -29,6 +30,7 @@ flags = ["-O3", "-g0", "-std=c++17", "-fno-strict-aliasing", "-fvisibility=defau
 openmp = ["-fopenmp"] if sys.platform == "linux" else []
 
 setup(
+    options={"build_ext": {"parallel": os.cpu_count()}},  # one library beside the other
     ext_modules=[
         Extension(
             f"hf_lowbit.kernels.cpu.{library}",
