@@ -339,6 +339,7 @@ def test_recount_of_the_network():
     assert (round(found.params / 1e6, 2), round(found.operations / 1e9, 3)) == (16.38, 2.491)
 
 
+@pytest.mark.slow
 def test_named_modules_cost_the_same_in_the_backbones():
     """What changes is where normalization and activations sit, not the weights."""
     plain, named = (counted(Style(named=named, binarize_box=False)) for named in (False, True))

@@ -12,7 +12,14 @@ def test_the_interpreter_is_on():
     assert popcount.INTERPRETED
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=CASES.keys())
+SLOW = ("7 x 7", "transposed, dilated, in groups", "oblong, dilated", "wide row", "more padding than image")
+NUMBERS = [
+    pytest.param(number, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for number, name in enumerate(CASES)
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
 def test_integers_are_equal(number):
     geometry, size = list(CASES.values())[number]
     x, positive, given = parts(geometry, size, ("bias", "none", "affine")[number % 3], batch=1)
