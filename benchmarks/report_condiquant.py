@@ -64,6 +64,7 @@ def quality() -> str:
     rows = [
         ["ours: bicubic", *[_psnr(dense["bicubic"])] * 3],
         ["ours: dense float32", *[_psnr(dense["dense"])] * 3],
+        ["ours: dense, without what its transformer blocks add", *[_psnr(dense.get("without_body"))] * 3],
     ]
     for variant, title in VARIANTS.items():
         found = [runs.get(f"w{bits}-{variant}") for bits in BITS]

@@ -85,6 +85,15 @@ def measure(model: Path, bits: int, changes: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def without_body(path: Path) -> dict[str, float]:
+    """Return the figures of the dense model when what its transformer blocks add is left out."""
+    model = AutoModelForImageToImage.from_pretrained(path).eval()
+    with torch.no_grad():
+        for parameter in model.swin2sr.conv_after_body.parameters():
+            parameter.zero_()
+    return score(model, held_out(), super_resolution.SCALE)
+
+
 def main() -> None:
     """Measure what is asked for."""
     names = [f"w{bits}-{variant}" for bits in BITS for variant in VARIANTS]
@@ -99,6 +108,7 @@ def main() -> None:
             result = {
                 "dense": score(model, held_out(), super_resolution.SCALE),
                 "bicubic": score(None, held_out(), super_resolution.SCALE),
+                "without_body": without_body(path),
                 "bytes": sum(file.stat().st_size for file in path.iterdir()),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
             }
