@@ -2,8 +2,8 @@
 
 Codes are taken apart where they are loaded. A *unit* is the fewest bytes that hold whole codes: one byte with
 ``V = 8 / bits`` codes, or three bytes with 8 codes of 3 bits. Part k of some units are their k-th codes, so it takes
-one shift by a constant and one mask, and its columns lie V apart: that is how ``x`` is read, too. Codes of activations are
-written by :func:`round_kernel` in this order, tile by tile, and read as they lie.
+one shift by a constant and one mask, and its columns lie V apart: that is how ``x`` is read, too. Codes of
+activations are written by :func:`round_kernel` in this order, tile by tile, and read as they lie.
 
 The weights are the left operand, ``y.T = W @ x.T``, because that one may stay in registers. Scales of a tile's group
 are multiplied after the product: whole numbers up to 255 are exact in every compute type. Where a tile has several
