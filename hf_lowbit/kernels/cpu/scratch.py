@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Of the unpacked rows: more do not stay in a cache, fewer make the product slow.
 _SCRATCH_BYTES, _LEAST_ROWS = 8 << 20, 256
-# With fewer tokens the product is faster with the weight on the left, with more the result is too large to turn around.
+# With so few tokens the product is faster with the weight on the left, with more the result is too large to turn.
 _TURNED_TOKENS = 256
 
 
