@@ -43,5 +43,5 @@ setup(
         for library, (names, headers) in LIBRARIES.items()
     ]
     if platform.system() != "Windows"
-    else []
+    else [],
 )

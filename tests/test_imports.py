@@ -31,7 +31,14 @@ RANKS = {
     "cli": 7,
 }
 # Names of files and folders that share a room.
-ROOM_OF = {"conv_layers": "layers", "registry": "config", "recipe": "config", "image_config": "config", "report": "hf", "__main__": "cli"}
+ROOM_OF = {
+    "conv_layers": "layers",
+    "registry": "config",
+    "recipe": "config",
+    "image_config": "config",
+    "report": "hf",
+    "__main__": "cli",
+}
 
 # The registries of these libraries are the business of one folder.
 ONLY_IN_HF = ("transformers.quantizers", "diffusers")

@@ -63,6 +63,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "groups, blocks, balance": {**GROUPED, "beta": 0.5, "balance_beyond": 1.0},
     "groups, blocks, balance 1": {**GROUPED, "balance_beyond": 1.0},
     "groups, blocks, outliers": dict(GROUPED),
+    "groups of 64": {"group_size": 64},
     "default": {},
 }
 WIDTHS = (16, 8, 6, 4)
@@ -232,7 +233,8 @@ def weights() -> dict[str, Any]:
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    "default": {}, "group_size=32": {"group_size": 32}, 'preset="paper"': {"preset": "paper"},
+    "default": {}, "default, no column stands out": {"balance": "none"}, "group_size=64": {"group_size": 64},
+    'preset="paper"': {"preset": "paper"},
 }  # fmt: skip
 
 

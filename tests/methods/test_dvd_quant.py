@@ -231,7 +231,7 @@ def error_of(weight, **options):
 
 # what an option is compared with, beside itself; both are given where the default is None
 CHANGES = {
-    "w_bits": {"w_bits": 3}, "group_size": {"group_size": 32}, "weight_init": {"weight_init": "minmax"},
+    "w_bits": {"w_bits": 3}, "group_size": {"group_size": 64}, "weight_init": {"weight_init": "minmax"},
     "refine": {"refine": "full"}, "n_bounds": {"n_bounds": 7}, "max_shrink": {"max_shrink": 0.0},
     "iters": {"iters": 0}, "tol": {"tol": 0.9}, "rotation": {"rotation": "full"}, "scale_dtype":
     {"scale_dtype": "float32"}, "rotation_block": {"rotation_block": 16}, "rotation_signs_seed":
@@ -319,6 +319,15 @@ def test_rotation_follows_the_columns(columns):
     assert form.spec.rotation_signs == (columns != 40)  # no signs without a rotation
     # stored in the rotated basis, returned in the plain one
     assert float((form.unpack() - weight).norm() / weight.norm()) < 0.15
+
+
+def test_factors_that_change_nothing_are_not_stored():
+    even = weight_of()
+    loud = even.clone()
+    loud[:, 3] *= 20
+    for weight, stored in ((even, False), (loud, True)):
+        packed = quantize(weight, DVDQuantConfig(), "layer")
+        assert (packed.spec.smooth, packed.smooth is not None) == (stored, stored)
 
 
 def test_balance_of_columns():

@@ -248,7 +248,7 @@ def rotation_of(columns: int, options: DVDQuantConfig) -> int:
 
 
 def spec_of(shape: tuple[int, int], options: DVDQuantConfig, activations: bool = True) -> IntegerSpec:
-    """Return how a layer is stored, which follows from its shape (n, m) and the options alone."""
+    """Return how a layer of shape (n, m) is stored; factors of columns are left out where they would all be 1."""
     rows, columns = shape
     order = rotation_of(columns, options)
     rounded = activations and options.stored_act_bits <= 8
@@ -292,6 +292,8 @@ def quantize(weight: Tensor, options: DVDQuantConfig, where: str, activations: b
     if spec.smooth:
         smooth = column_balance(rows, options.beta, options.balance_beyond).to(dtype)
         rows = rows * smooth.float()
+        if bool((smooth == 1).all()):  # no column stands out, and factors that change nothing are not stored
+            smooth, spec = None, dataclasses.replace(spec, smooth=False)
     if spec.rotation_signs and options.rotation_signs_seed is not None:
         signs = turning.random_signs(spec.in_features, options.rotation_signs_seed).to(rows.device)
         rows = rows * signs.float()

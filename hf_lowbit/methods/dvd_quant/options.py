@@ -53,7 +53,7 @@ class DVDQuantConfig(LowBitConfig):
 
     ``DVDQuantConfig()`` stores weights of 4 bits and rounds activations to 8, or in diffusion steps that change little
     to 4 bits (``delta``); ``DVDQuantConfig(preset="w4a4")`` always to 4. Presets set other defaults and can be
-    combined with options: ``paper`` is what the paper states, ``default`` adds a scale for each 64 columns, rotation
+    combined with options: ``paper`` is what the paper states, ``default`` adds a scale for each 32 columns, rotation
     in blocks of 128 and the balance of columns that stand out, ``w4a8`` and ``w4a4`` are ``default`` with one width
     of activations.
 
@@ -72,7 +72,7 @@ class DVDQuantConfig(LowBitConfig):
 
     w_bits: int = option(4, "bits of a weight", choices=(2, 3, 4, 8))
     group_size: int = option(
-        64, "columns that share a weight scale, a multiple of 16; -1: one scale for each row", check=_group(-1, "rows")
+        32, "columns that share a weight scale, a multiple of 16; -1: one scale for each row", check=_group(-1, "rows")
     )
     weight_init: str = option(
         "bgr",
