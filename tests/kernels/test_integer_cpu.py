@@ -208,7 +208,7 @@ def test_odd_inputs():
         ({"zero": lambda z: z[:-1]}, r"zero_point is torch.uint8 \(3, 2\)"),
         ({"scale": lambda s: s.double()}, "scales of torch.float64"),
     ],
-    ids=str,
+    ids=["group", "columns of codes", "columns of scales", "rows of zero points", "dtype of scales"],
 )
 def test_what_it_cannot_is_said_and_nothing_of_it_reaches_the_library(change, reason):
     (packed, scale, zero), sizes = weight(4, 256, 4, change.get("group", 64), False)
