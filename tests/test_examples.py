@@ -63,7 +63,8 @@ def test_video_w4a4(tmp_path, monkeypatch, capsys):
     apart = {name: float(line.split("dB")[0].split("│")[-1]) for name, line in rows.items() if "dB" in line}
     assert apart["DVD-Quant, W4A4"] > apart["rounding, W4A4"] + 10
     assert apart["DVD-Quant, δ-GBS"] > apart["rounding, W4A4"] + 10
-    assert "4.42" in rows["DVD-Quant, W4A4"]
+    bits = float(rows["DVD-Quant, W4A4"].split("│")[3])  # factors of columns only in layers where some stand out
+    assert 4.62 < bits < 4.75
     sheet, moving = (Image.open(tmp_path / name) for name in ("videos.png", "videos.gif"))
     assert sheet.size == (8 * 100 + 4, 3 * 4 * 100 + 4)  # frames, and three prompts of four versions
     assert moving.size == (4 * 100 + 4, 3 * 100 + 4)

@@ -23,7 +23,8 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with every tensor of the format."""
     folder = tmp_path_factory.mktemp("integer")
     tiny_model(num_hidden_layers=1).save_pretrained(folder / "dense")
-    config = DVDQuantConfig(preset="w4a4", group_size=16, rotation_signs_seed=0, run=RunOptions(progress=False))
+    options = {"group_size": 16, "rotation_signs_seed": 0, "balance_beyond": 1.0}  # factors for all columns
+    config = DVDQuantConfig(preset="w4a4", **options, run=RunOptions(progress=False))
     AutoModelForCausalLM.from_pretrained(folder / "dense", quantization_config=config).save_pretrained(folder / "one")
     return folder / "one"
 
