@@ -35,7 +35,7 @@ from hf_lowbit import DVDQuantConfig, RunOptions, packed_modules, quantize, set_
 
 REPEATS = 7
 # Weights of the searched grid would take minutes to make and the same time to multiply.
-PACKED = DVDQuantConfig(preset="w4a4", weight_init="minmax", run=RunOptions(progress=False))
+PACKED = DVDQuantConfig(preset="w4a4", group_size=64, weight_init="minmax", run=RunOptions(progress=False))
 Step = Callable[[], Tensor]
 
 
