@@ -56,7 +56,7 @@ class Waits(list):
 def hub(monkeypatch, tmp_path):
     """A Hub of our own that the clients in this process talk to, with a token to write and an empty cache."""
     import huggingface_hub
-    from huggingface_hub import constants, file_download
+    from huggingface_hub import constants, file_download, hf_api
     from huggingface_hub.utils import _http
 
     from hf_lowbit.hf import hub_errors
@@ -64,6 +64,7 @@ def hub(monkeypatch, tmp_path):
     waits = Waits()
     with Hub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # made once, when the module is imported
         template = "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
