@@ -285,6 +285,7 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
         model = None if self._model is None else self._model()
         if model is not None:
             _refuse_groups_on_disk(model)
+            state_dict = _without_widening(model, state_dict)
         if model is None or getattr(model, "hf_quantizer", None) is not self:
             return state_dict, metadata_of(state_dict)
         return state_dict, metadata_of(state_dict, {CONFIG: model.to_json_string()})
@@ -362,6 +363,26 @@ def _refuse_unloaded(model: Any) -> None:
     empty = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     if empty:
         raise CheckpointError(f"{len(empty)} tensors were not in the checkpoint, first {empty[0]!r}")
+
+
+def _without_widening(model: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what is saved, with modules that diffusers keeps in float32 in the dtype of the others if nothing is lost.
+
+    Loading makes them float32 again, whatever the file has; a file in half precision would grow by them.
+    """
+    layers = packed_modules(model)
+    dtypes = {layer.weight.dtype for layer in layers.values()}
+    kept, found = set(model._keep_in_fp32_modules or ()), dict(state_dict)
+    if len(dtypes) != 1:
+        return found
+    dtype = dtypes.pop()
+    packed = {f"{name}.{leaf}" for name, layer in layers.items() for leaf, _ in layer.packed_tensors()}
+    for name, tensor in state_dict.items():
+        if tensor.dtype == torch.float32 and name not in packed and kept & set(name.split(".")):
+            narrow = tensor.to(dtype)
+            if torch.equal(narrow.float(), tensor):
+                found[name] = narrow
+    return found
 
 
 def _refuse_groups_on_disk(model: Any) -> None:

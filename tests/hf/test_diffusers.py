@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import LTXVideoTransformer3DModel as Video
 from diffusers import PipelineQuantizationConfig
+from safetensors import safe_open
 from torch import nn
 
 import hf_lowbit
@@ -118,6 +119,23 @@ def test_modules_that_a_model_keeps_in_float32_stay_so(tmp_path):
         assert loaded.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
         assert loaded.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
         assert_same(loaded.state_dict(), model.state_dict())
+
+
+def test_parts_kept_in_float32_do_not_widen_a_file(tmp_path):
+    tiny_wan().to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    load = diffusers.WanTransformer3DModel.from_pretrained
+    model = load(tmp_path / "dense", quantization_config=free(), dtype=torch.bfloat16)
+    first, second = "condition_embedder.time_embedder.linear_1.bias", "condition_embedder.time_embedder.linear_2.bias"
+    exact = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert exact[first].dtype == exact[second].dtype == torch.float32
+    model.get_parameter(second).data[0] = exact[second][0] = 1 / 3  # more digits than bfloat16 has
+    model.save_pretrained(tmp_path / "packed")
+    with safe_open(tmp_path / "packed" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert (file.get_tensor(first).dtype, file.get_tensor(second).dtype) == (torch.bfloat16, torch.float32)
+    for dtype in (None, torch.bfloat16):
+        again = load(tmp_path / "packed", dtype=dtype).state_dict()
+        assert {name: tensor.dtype for name, tensor in again.items()} == {name: t.dtype for name, t in exact.items()}
+        assert all(torch.equal(again[name], tensor) for name, tensor in exact.items())
 
 
 def test_recipe_and_skips(dense_path, tmp_path):
