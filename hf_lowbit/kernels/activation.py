@@ -58,8 +58,8 @@ from torch.nn.functional import linear, pad
 
 from hf_lowbit.kernels.choice import Kernel, Table
 from hf_lowbit.kernels.cpu import activation as cpu
-from hf_lowbit.kernels.hadamard import rotate
-from hf_lowbit.kernels.integer import triton_kernels
+from hf_lowbit.kernels.hadamard import core_of, rotate
+from hf_lowbit.kernels.integer import check_input, check_weight, triton_kernels
 from hf_lowbit.kernels.ops import LIBRARY, unobserved
 
 SCALE_MODES = ("token_group", "token", "channel", "channel_token")
@@ -316,24 +316,22 @@ def check(x: Tensor, tensors: tuple[Tensor | None, ...], sizes: Sizes) -> None:
     Raises:
         RuntimeError: says what does not fit.
     """
-    packed, _, _, bias, smooth, signs, bounds = tensors
-    if packed is None:
-        raise RuntimeError("integer_act_linear: packed is missing")
-    if not x.is_floating_point():
-        raise RuntimeError(f"integer_act_linear: x must be floating point, got {x.dtype}")
-    if x.dim() < 1 or x.shape[-1] != sizes.in_features:
+    bias, smooth, signs, bounds = tensors[3:]
+    check_weight("integer_act_linear", tensors[:3], sizes[:3])
+    packed: Any = tensors[0]
+    check_input("integer_act_linear", x, packed, bias, sizes.in_features)
+    for name, tensor in (("smooth", smooth), ("signs", signs)):
+        if tensor is not None and tensor.shape != (sizes.in_features,):
+            raise RuntimeError(
+                f"integer_act_linear: {name} has shape {tuple(tensor.shape)}, expected ({sizes.in_features},)"
+            )
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"integer_act_linear: {name} is on {tensor.device}, x on {x.device}")
+    # kernels write whole blocks
+    if sizes.rotation and (core_of(sizes.rotation) is None or sizes.in_features % sizes.rotation):
         raise RuntimeError(
-            f"integer_act_linear: x has shape {tuple(x.shape)}, the weight has {sizes.in_features} columns"
+            f"integer_act_linear: no Hadamard blocks of {sizes.rotation} columns make up {sizes.in_features}"
         )
-    if x.device != packed.device:
-        raise RuntimeError(f"integer_act_linear: x is on {x.device}, the weight on {packed.device}")
-    for name, tensor, length in (
-        ("bias", bias, packed.shape[0]),
-        ("smooth", smooth, sizes.in_features),
-        ("signs", signs, sizes.in_features),
-    ):
-        if tensor is not None and tensor.shape != (length,):
-            raise RuntimeError(f"integer_act_linear: {name} has shape {tuple(tensor.shape)}, expected ({length},)")
     if sizes.mode not in MODES:
         raise RuntimeError(f"integer_act_linear: mode must be one of {', '.join(MODES)}, got {sizes.mode!r}")
     if (sizes.mode == "token_group") != (sizes.act_group_size > 0):

@@ -31,6 +31,7 @@ def _is_prime(number: int) -> bool:
     return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
 
 
+@functools.cache
 def core_of(order: int) -> int | None:
     """Return the core k0 of ``order = k0 · 2^p``, the smallest that is known here; 1 for powers of two.
 

@@ -115,16 +115,67 @@ def _dequantize_fake(packed: Tensor, scale: Tensor, zero_point: Tensor | None, i
     return scale.new_empty((packed.shape[0], in_features), dtype=torch.float32)
 
 
-def _check(x: Tensor, packed: Tensor, bias: Tensor | None, in_features: int) -> None:
-    """Refuse what no product may see."""
+def check_weight(op: str, parts: tuple[Tensor | None, ...], sizes: Sizes) -> None:
+    """Refuse what is no weight: kernels read as many bytes as the sizes say, and torch would broadcast.
+
+    Args:
+        op: its name, for messages.
+        parts: packed, scale and zero_point.
+        sizes: in_features, bits, group_size.
+
+    Raises:
+        RuntimeError: a tensor is missing, or its shape, dtype or device does not fit.
+    """
+    packed, scale, zero = parts
+    columns, bits, group_size = sizes
+    if bits not in BITS or columns < 1 or group_size < 0:
+        raise RuntimeError(f"{op}: no weight has {columns} columns in groups of {group_size} with {bits} bits")
+    if packed is None or scale is None:
+        raise RuntimeError(f"{op}: {'packed' if packed is None else 'scale'} is missing")
+    rows, groups = packed.shape[:1].numel(), -(-columns // group_size) if group_size else 1
+    floating = zero is not None and zero.is_floating_point()
+    for name, part, width, kind in (
+        ("packed", packed, code_bytes(columns, bits), "uint8"),
+        ("scale", scale, groups, "floating"),
+        ("zero_point", zero, groups if floating else code_bytes(groups, bits), "floating" if floating else "uint8"),
+    ):
+        if part is None:
+            continue
+        typed = part.is_floating_point() if kind == "floating" else part.dtype is torch.uint8
+        if not typed or part.shape != (rows, width):
+            raise RuntimeError(f"{op}: {name} is {part.dtype} {tuple(part.shape)}, expected {kind} {(rows, width)}")
+        if part.device != packed.device:
+            raise RuntimeError(f"{op}: {name} is on {part.device}, packed on {packed.device}")
+
+
+def check_input(op: str, x: Tensor, packed: Tensor, bias: Tensor | None, in_features: int) -> None:
+    """Refuse an input or a bias that a weight cannot meet.
+
+    Args:
+        op: its name, for messages.
+        x: (..., in_features), floating, on the device of the weight.
+        packed: of the weight.
+        bias: (out_features,) or None.
+        in_features: columns of the weight.
+
+    Raises:
+        RuntimeError: says what does not fit.
+    """
     if not x.is_floating_point():
-        raise RuntimeError(f"integer_linear: x must be floating point, got {x.dtype}")
+        raise RuntimeError(f"{op}: x must be floating point, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] != in_features:
-        raise RuntimeError(f"integer_linear: x has shape {tuple(x.shape)}, the weight has {in_features} columns")
+        raise RuntimeError(f"{op}: x has shape {tuple(x.shape)}, the weight has {in_features} columns")
     if x.device != packed.device:
-        raise RuntimeError(f"integer_linear: x is on {x.device}, the weight on {packed.device}")
-    if bias is not None and bias.shape != (packed.shape[0],):
-        raise RuntimeError(f"integer_linear: bias has shape {tuple(bias.shape)}, expected ({packed.shape[0]},)")
+        raise RuntimeError(f"{op}: x is on {x.device}, the weight on {packed.device}")
+    if bias is not None and bias.shape != packed.shape[:1]:
+        raise RuntimeError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({packed.shape[0]},)")
+    if bias is not None and bias.device != x.device:
+        raise RuntimeError(f"{op}: bias is on {bias.device}, x on {x.device}")
+
+
+def _check(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes) -> None:
+    check_weight("integer_linear", parts, sizes)
+    check_input("integer_linear", x, parts[0], bias, sizes[0])
 
 
 def _reference(x: Tensor, parts: Parts, bias: Tensor | None, sizes: Sizes) -> Tensor:
@@ -178,19 +229,20 @@ TABLE = Table(
 
 def _dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, *sizes: Any) -> Tensor:
     parts = (packed, scale, zero_point)
+    check_weight("integer_dequantize", parts, sizes)
     kernel = TABLE.choose(torch.float32, packed.device.type, parts, sizes)
     return (kernel.dequantize or _rebuilt)(parts, sizes)
 
 
 def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any) -> Tensor:
     bias, *sizes = rest
-    _check(x, packed, bias, sizes[0])
     case = (packed, scale, zero_point), tuple(sizes)
+    _check(x, case[0], bias, case[1])
     return TABLE.choose(x.dtype, x.device.type, *case).linear(x, case[0], bias, case[1])
 
 
 def _linear_fake(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any) -> Tensor:
-    _check(x, packed, rest[0], rest[1])
+    _check(x, (packed, scale, zero_point), rest[0], rest[1:])
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 

@@ -238,15 +238,19 @@ def test_schema_shapes_and_gradients_of_the_op():
         (torch.zeros(3, 96), {"bounds": torch.zeros(2)}, "act_bounds belong to mode static only"),
         (torch.zeros(3, 96), {"mode": "tokens"}, "mode must be one of none, token_group"),
         (torch.zeros(3, 96), {"group": 0}, "act_group_size is needed for mode token_group"),
+        # blocks beyond the end of a row
+        (torch.zeros(3, 96), {"rotation": 64}, "no Hadamard blocks of 64 columns make up 96"),
+        (torch.zeros(3, 96), {"rotation": 3}, "no Hadamard blocks of 3 columns make up 96"),
+        (torch.zeros(3, 96), {"rotation": -4}, "no Hadamard blocks of -4 columns make up 96"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_products_that_do_not_fit_are_refused(x, changes, message):
     form = layer_of().packed
     tensors = {"bias": None, "smooth": form.smooth, "signs": form.rotation_signs, "bounds": None}
-    sizes = {"mode": "token_group", "bits": 4, "group": 16}
+    sizes = {"rotation": 32, "mode": "token_group", "bits": 4, "group": 16}
     rest = [changes.get(name, value) for name, value in {**tensors, **sizes}.items()]
-    arguments = (form.packed, form.scale, form.zero_point, *rest[:4], 96, 4, 32, 32, *rest[4:])
+    arguments = (form.packed, form.scale, form.zero_point, *rest[:4], 96, 4, 32, *rest[4:])
     with pytest.raises(RuntimeError, match=message):
         torch.ops.hf_lowbit.integer_act_linear(x, *arguments)
 
@@ -256,3 +260,20 @@ def test_transform_is_in_float32():
     found = transform(x, torch.full((32,), 0.5, dtype=torch.float16), None, 32)
     assert found.dtype == torch.float32
     assert float(found[0, 0]) == pytest.approx(60000 * 2 * 32**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["smooth", "signs"])
+def test_strided_vectors_give_what_dense_ones_do(name):
+    form = layer_of().packed
+    dense = {"smooth": form.smooth, "signs": form.rotation_signs}[name].float()
+    strided = torch.stack([dense, torch.full_like(dense, torch.nan)], 1)[:, 0]
+    x, found = torch.randn(5, 96), []
+    for vector in (dense, strided):
+        given = {"smooth": None, "signs": None, name: vector}
+        found.append(
+            torch.ops.hf_lowbit.integer_act_linear(
+                x, form.packed, form.scale, form.zero_point, None, given["smooth"], given["signs"], None,
+                96, 4, 32, 32, "token_group", 4, 16,
+            )
+        )  # fmt: skip
+    assert torch.equal(*found)

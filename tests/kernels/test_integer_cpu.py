@@ -219,8 +219,50 @@ def test_what_it_cannot_is_said_and_nothing_of_it_reaches_the_library(change, re
         choice.forced("cpu"),
         pytest.raises(RuntimeError, match=f"'cpu' was asked for and cannot multiply: .*{reason}"),
     ):
-        LINEAR(torch.randn(2, 256), *parts, None, *sizes)
+        integer.TABLE.choose(torch.float32, "cpu", parts, sizes)
     assert integer.TABLE.choose(torch.float32, "cpu", parts, sizes).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"packed": torch.zeros(8, 31, dtype=torch.uint8)},
+            r"packed is torch.uint8 \(8, 31\), expected uint8 \(8, 32\)",
+        ),
+        (
+            {"packed": torch.zeros(8, 64, dtype=torch.uint8)},
+            r"packed is torch.uint8 \(8, 64\), expected uint8 \(8, 32\)",
+        ),
+        ({"packed": torch.zeros(8, 32, dtype=torch.int32)}, "packed is torch.int32"),
+        ({"scale": torch.ones(8)}, r"scale is torch.float32 \(8,\), expected floating \(8, 2\)"),
+        ({"scale": torch.ones(8, 1)}, r"scale is torch.float32 \(8, 1\)"),  # which torch would broadcast
+        ({"scale": torch.ones(8, 2, dtype=torch.int32)}, "scale is torch.int32"),
+        (
+            {"zero": torch.zeros(8, 2, dtype=torch.uint8)},
+            r"zero_point is torch.uint8 \(8, 2\), expected uint8 \(8, 1\)",
+        ),
+        ({"zero": torch.zeros(8, 1)}, r"zero_point is torch.float32 \(8, 1\), expected floating \(8, 2\)"),
+        ({"bits": 5}, "no weight has 64 columns in groups of 32 with 5 bits"),
+        ({"group": -1}, "no weight has 64 columns in groups of -1 with 4 bits"),
+        ({"columns": -64}, "no weight has -64 columns"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_no_op_reads_beyond_a_weight(changes, message):
+    given = {"packed": torch.zeros(8, 32, dtype=torch.uint8), "scale": torch.ones(8, 2), "zero": None}
+    given |= {"columns": 64, "bits": 4, "group": 32} | changes
+    parts, sizes = (
+        [given[name] for name in ("packed", "scale", "zero")],
+        [given[n] for n in ("columns", "bits", "group")],
+    )
+    x = torch.randn(3, 64)
+    with pytest.raises(RuntimeError, match=f"integer_linear: {message}"):
+        LINEAR(x, *parts, None, *sizes)
+    with pytest.raises(RuntimeError, match=f"integer_dequantize: {message}"):
+        torch.ops.hf_lowbit.integer_dequantize(*parts, *sizes)
+    with pytest.raises(RuntimeError, match=f"integer_act_linear: {message}"):
+        torch.ops.hf_lowbit.integer_act_linear(x, *parts, None, None, None, None, *sizes, 0, "token", 4, 0)
 
 
 def test_an_absent_library_is_a_reason(monkeypatch):

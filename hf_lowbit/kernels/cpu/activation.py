@@ -43,6 +43,9 @@ def unsupported(parts: integer.Parts, sizes: Any) -> str | None:
     lane = integer.LANE_COLUMNS.get(sizes.bits, 1)
     if 0 < sizes.act_group_size < sizes.in_features and sizes.act_group_size % lane:
         return f"activations in groups of {sizes.act_group_size} columns, not a multiple of {lane}"
+    stretch = min(size for size in (sizes.in_features, sizes.group_size, sizes.act_group_size) if size)
+    if stretch >= 2**16:
+        return f"{stretch} columns with one scale: sums of products may leave 32 bits"
     return integer.unsupported(torch.float32, parts, (sizes.in_features, sizes.bits, sizes.group_size))
 
 
@@ -69,6 +72,7 @@ def round_rows(x: Tensor, smooth: Tensor | None, signs: Tensor | None, sizes: An
     divisor = smooth.float() if smooth is not None else None
     if signs is not None:  # dividing by a sign is multiplying by it
         divisor = signs.float() if divisor is None else divisor * signs
+    divisor = None if divisor is None else divisor.contiguous()  # kept under a name while the library reads it
     group = min(sizes.act_group_size or columns, columns)
     order = sizes.rotation or 1
     matrix = _core(order)
@@ -79,7 +83,7 @@ def round_rows(x: Tensor, smooth: Tensor | None, signs: Tensor | None, sizes: An
         bits=sizes.act_bits,
         group_size=group,
         core_matrix=None if matrix is None else matrix.data_ptr(),
-        divisor=None if divisor is None else divisor.contiguous().data_ptr(),
+        divisor=None if divisor is None else divisor.data_ptr(),
     )
     codes = torch.empty((tokens, columns), dtype=torch.int8)
     scale = torch.empty((tokens, -(-columns // group)))

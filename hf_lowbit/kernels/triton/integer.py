@@ -277,6 +277,7 @@ def round_rows(x: Tensor, smooth: Tensor | None, signs: Tensor | None, sizes: An
     divisor = None if smooth is None else smooth.float()
     if signs is not None:  # dividing by a sign is multiplying by it
         divisor = signs.float() if divisor is None else divisor * signs
+    divisor = None if divisor is None else divisor.contiguous()
     found = round_arguments(x, divisor, codes, scale, sizes, torch.version.hip is None)
     grid = (-(-tokens // found["BLOCK_M"]), codes.shape[1] // found["BLOCK_K"])
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
