@@ -38,7 +38,7 @@ def check_codes(bits: int | None, recent: int, first: int) -> None:
     Raises:
         ValueError: they are out of range, or a window is asked for where all tokens are kept in full anyway.
     """
-    if bits is not None and bits not in WORDS:
+    if bits is not None and (type(bits) is not int or bits not in WORDS):
         raise ValueError(f"latent_bits must be None or one of {', '.join(map(str, sorted(WORDS)))}, got {bits!r}")
     if type(recent) is not int or recent < 0:
         raise ValueError(f"recent_window must be an integer from 0, got {recent!r}")

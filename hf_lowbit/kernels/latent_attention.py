@@ -168,8 +168,10 @@ def _all_used(owners: tuple[int, ...], groups: int) -> bool:
 def _check(case: Case) -> None:
     """Refuse what no kernel may see."""
     q, keys, norm, positions, mask = case.q, case.keys, case.norm, case.positions, case.mask
-    if q.dim() != 3 or not q.is_floating_point():
-        raise RuntimeError(f"latent_decode: q must be (batch, heads, head_dim), floating, got {tuple(q.shape)}")
+    if q.dim() != 3 or not q.is_floating_point() or not q.shape[1] or not q.shape[2]:
+        raise RuntimeError(
+            f"latent_decode: q must be (batch, heads, head_dim), floating, got {tuple(q.shape)} of {q.dtype}"
+        )
     batch, heads, head_dim = q.shape
     if case.bits not in (0, 3, 4, 8):
         raise RuntimeError(f"latent_decode: bits must be 0, 3, 4 or 8, got {case.bits}")
@@ -177,14 +179,16 @@ def _check(case: Case) -> None:
         ("keys", keys, case.up_k, case.groups_k, case.ranks_k, case.bias_k),
         ("values", case.values, case.up_v, case.groups_v, case.ranks_v, case.bias_v),
     ):
+        if not ranks or min(ranks) < 1:
+            raise RuntimeError(f"latent_decode: ranks of the {name} must be numbers from 1, got {list(ranks)}")
         width = row_bytes(ranks, case.bits) if case.bits else sum(ranks)
         if stored.dim() != 3 or stored.shape[0] != batch or stored.shape[2] != width:
             raise RuntimeError(
                 f"latent_decode: {name} have shape {tuple(stored.shape)}, expected ({batch}, tokens, {width})"
             )
-        if (stored.dtype == torch.uint8) != bool(case.bits):
+        if not (stored.dtype == torch.uint8 if case.bits else stored.is_floating_point()):
             raise RuntimeError(f"latent_decode: {name} are {stored.dtype}, which does not go with bits={case.bits}")
-        if up.dim() != 3 or up.shape[1:] != (head_dim, max(ranks)) or heads % up.shape[0]:
+        if up.dim() != 3 or up.shape[1:] != (head_dim, max(ranks)) or not up.shape[0] or heads % up.shape[0]:
             raise RuntimeError(
                 f"latent_decode: factor of the {name} has shape {tuple(up.shape)}, expected (a divisor of {heads}, "
                 f"{head_dim}, {max(ranks)})"
@@ -193,8 +197,14 @@ def _check(case: Case) -> None:
             raise RuntimeError(f"latent_decode: groups of the {name} do not fit {up.shape[0]} heads")
         if bias is not None and bias.numel() != up.shape[0] * head_dim:
             raise RuntimeError(f"latent_decode: bias of the {name} has {bias.numel()} values")
+        if not up.is_floating_point():
+            raise RuntimeError(f"latent_decode: factor of the {name} is {up.dtype}, which is not floating")
         if stored.device != q.device or up.device != q.device:
             raise RuntimeError(f"latent_decode: q is on {q.device}, {name} on {stored.device} and {up.device}")
+    for name in ("bias_k", "bias_v", "norm", "positions", "inv_freq", "mask"):
+        tensor = getattr(case, name)
+        if tensor is not None and tensor.device != q.device:
+            raise RuntimeError(f"latent_decode: q is on {q.device}, {name} on {tensor.device}")
     tokens = keys.shape[1]
     if case.values.shape[1] != tokens or case.up_k.shape[0] != case.up_v.shape[0]:
         raise RuntimeError(
@@ -208,6 +218,10 @@ def _check(case: Case) -> None:
             f"latent_decode: positions {tuple(positions.shape)} and {case.rotated_pairs} frequencies do not fit "
             f"({batch}, {tokens}) and head_dim {head_dim}"
         )
+    if positions is not None and positions.dtype not in (torch.int32, torch.int64):
+        raise RuntimeError(f"latent_decode: positions are {positions.dtype}, expected integers of 32 or 64 bits")
+    if case.inv_freq is not None and case.inv_freq.dim() != 1:
+        raise RuntimeError(f"latent_decode: inv_freq has shape {tuple(case.inv_freq.shape)}, expected (rotated / 2,)")
     if norm is not None and norm.shape != (head_dim,):
         raise RuntimeError(f"latent_decode: norm has shape {tuple(norm.shape)}, expected ({head_dim},)")
     if mask is not None and (
@@ -217,6 +231,8 @@ def _check(case: Case) -> None:
         or mask.shape[2] != tokens
     ):
         raise RuntimeError(f"latent_decode: mask {tuple(mask.shape)} does not spread to ({batch}, {heads}, {tokens})")
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise RuntimeError(f"latent_decode: mask is {mask.dtype}, expected boolean or floating")
 
 
 def _decode(*arguments: Any) -> tuple[Tensor, Tensor]:

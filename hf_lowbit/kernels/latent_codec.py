@@ -41,7 +41,15 @@ _FARTHEST_ZERO = 32000
 
 
 def row_bytes(ranks: Sequence[int], bits: int) -> int:
-    """Return the bytes of one token's row: for ranks that are multiples of 8, ``sum(ranks) · bits / 8 + 4 · N``."""
+    """Return the bytes of one token's row: for ranks that are multiples of 8, ``sum(ranks) · bits / 8 + 4 · N``.
+
+    Raises:
+        ValueError: there are no such codes, or a rank is not a number from 1.
+    """
+    if type(bits) is not int or bits not in WORDS:
+        raise ValueError(f"latents are coded with {', '.join(map(str, sorted(WORDS)))} bits, got {bits!r}")
+    if not ranks or min(ranks) < 1:
+        raise ValueError(f"ranks of groups of latents must be numbers from 1, got {list(ranks)}")
     codes, width = WORDS[bits]
     return 4 * len(ranks) + sum(-(-rank // codes) * width for rank in ranks)
 
@@ -80,9 +88,17 @@ def encode_rows(latents: Tensor, ranks: Sequence[int], bits: int) -> Tensor:
 
     Returns:
         (..., row_bytes), uint8. A group with a value that is not finite decodes to values that are not finite.
+
+    Raises:
+        ValueError: ``latents`` are not as wide as the ranks say, or not floating; see also :func:`row_bytes`.
     """
+    size = row_bytes(ranks, bits)
+    if not latents.dim() or latents.shape[-1] != sum(ranks) or not latents.is_floating_point():
+        raise ValueError(
+            f"latents must be floating, (..., {sum(ranks)}), got {tuple(latents.shape)} of {latents.dtype}"
+        )
     if unobserved(latents):
-        rows = cpu.encode(latents, ranks, bits, row_bytes(ranks, bits))
+        rows = cpu.encode(latents, ranks, bits, size)
         if rows is not None:
             return rows
     most = 2**bits - 1
@@ -110,7 +126,13 @@ def decode_rows(rows: Tensor, ranks: Sequence[int], bits: int, dtype: torch.dtyp
 
     Returns:
         (..., sum of ranks), computed in float32 and rounded to ``dtype``.
+
+    Raises:
+        ValueError: ``rows`` are not as wide as ranks and bits say, or not uint8; see also :func:`row_bytes`.
     """
+    size = row_bytes(ranks, bits)
+    if not rows.dim() or rows.shape[-1] != size or rows.dtype != torch.uint8:
+        raise ValueError(f"rows of codes must be uint8, (..., {size}), got {tuple(rows.shape)} of {rows.dtype}")
     groups = len(ranks)
     each, width = WORDS[bits]
     lengths = [-(-rank // each) * width for rank in ranks]

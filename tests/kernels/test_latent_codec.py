@@ -110,3 +110,35 @@ def test_the_library_codes_as_torch_does(bits, dtype, monkeypatch):
     monkeypatch.setattr(latent_codec.cpu, "encode", lambda *_: None)
     assert torch.equal(found, encode_rows(rows, ranks, bits))
     assert torch.equal(spread, found)
+
+
+@pytest.mark.parametrize(
+    ("latents", "ranks", "bits", "message"),
+    [
+        (torch.zeros(3, 4), (8, 8), 4, r"floating, \(..., 16\), got \(3, 4\)"),  # the library would read past them
+        (torch.zeros(3, 16), (8,), 4, r"floating, \(..., 8\), got \(3, 16\)"),
+        (torch.zeros(3, 16), (17, -1), 4, r"numbers from 1, got \[17, -1\]"),
+        (torch.zeros(3, 16), (16, 0), 4, r"numbers from 1, got \[16, 0\]"),
+        (torch.zeros(3, 0), (), 4, r"numbers from 1, got \[\]"),
+        (torch.zeros(()), (1,), 4, r"floating, \(..., 1\), got \(\)"),
+        (torch.zeros(3, 16, dtype=torch.int32), (16,), 4, "got .* of torch.int32"),
+        (torch.zeros(3, 16), (16,), 5, "3, 4, 8 bits, got 5"),
+        (torch.zeros(3, 16), (16,), 4.0, "3, 4, 8 bits, got 4.0"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(latents, ranks, bits, message):
+    with pytest.raises(ValueError, match=message):
+        encode_rows(latents, ranks, bits)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "bits", "message"),
+    [
+        (torch.zeros(3, 12, dtype=torch.uint8), (14,), 4, r"uint8, \(..., 11\), got \(3, 12\)"),
+        (torch.zeros(3, 12), (16,), 4, "got .* of torch.float32"),
+        (torch.zeros(3, 12, dtype=torch.uint8), (16,), 5, "3, 4, 8 bits, got 5"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(rows, ranks, bits, message):
+    with pytest.raises(ValueError, match=message):
+        decode_rows(rows, ranks, bits, torch.float32)

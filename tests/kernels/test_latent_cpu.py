@@ -1,6 +1,7 @@
 """The CPU kernels for one new token over latents, against the reference."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -212,6 +213,21 @@ class TestWhatIsKept:
         before = cpu.prepared(case)
         getattr(case, name).mul_(2)
         assert cpu.prepared(case) is not before
+
+    def test_anew_with_other_groups(self):
+        case = Case(*arguments("one-head-groups", dtype=torch.bfloat16))
+        before = cpu.prepared(case)
+        assert cpu.prepared(case._replace(groups_k=[1, 0, 2, 3])) is not before
+
+    @pytest.mark.parametrize("name", ["bias_k", "bias_v", "inv_freq"])
+    def test_what_was_copied_is_held(self, name):
+        """Else another tensor could be found at its place, and be taken for it."""
+        case = Case(*arguments("one-head-groups", dtype=torch.bfloat16))
+        cpu.prepared(case)
+        tensor = weakref.ref(getattr(case, name))
+        case = case._replace(**{name: None})
+        gc.collect()
+        assert tensor() is not None
 
     def test_dropped_with_the_factor(self):
         case = Case(*arguments("rotary", dtype=torch.bfloat16))

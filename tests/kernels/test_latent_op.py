@@ -211,6 +211,18 @@ def test_a_kernel_can_be_forced():
         (10, torch.zeros(2, 4, 11), "does not spread to"),
         (11, [0, 0, 1], "groups of the keys do not fit 3 heads"),
         (18, 5, "bits must be 0, 3, 4 or 8, got 5"),
+        (0, torch.zeros(2, 0, 8), r"q must be .* got \(2, 0, 8\) of torch.float32"),
+        (1, torch.zeros(2, 11, 10, dtype=torch.int32), "keys are torch.int32, which does not go with bits=0"),
+        (3, torch.zeros(0, 8, 10), r"factor of the keys has shape \(0, 8, 10\)"),
+        (4, torch.zeros(3, 8, 7, dtype=torch.int32), "factor of the values is torch.int32, which is not floating"),
+        (5, torch.zeros(24, device="meta"), "q is on cpu, bias_k on meta"),
+        (6, torch.zeros(24, device="meta"), "q is on cpu, bias_v on meta"),
+        (7, torch.zeros(8, device="meta"), "q is on cpu, norm on meta"),
+        (8, torch.zeros(2, 11), "positions are torch.float32, expected integers of 32 or 64 bits"),
+        (9, torch.zeros(2, 2), r"inv_freq has shape \(2, 2\)"),
+        (10, torch.zeros(1, 1, 11, dtype=torch.int64), "mask is torch.int64, expected boolean or floating"),
+        (12, [10, 0], r"ranks of the keys must be numbers from 1, got \[10, 0\]"),
+        (14, [], r"ranks of the values must be numbers from 1, got \[\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(at, value, message):

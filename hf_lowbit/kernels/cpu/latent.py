@@ -103,7 +103,8 @@ class Prepared:
         self.width = len(place)
         used = place.clamp(min=0)
         self._place, self._used, self._filled = place, used, place >= 0
-        self.kept: list[Tensor] = []
+        # Those that are copied are held, too: as long as they live, no other tensor can be found at their place.
+        self.kept = [tensor for tensor in (case.inv_freq, case.bias_k, case.bias_v) if tensor is not None]
         struct = self.struct = _Attention()
         struct.head_dim, struct.kv_heads, struct.pairs = head_dim, kv_heads, self.pairs
         struct.heads, struct.scaling, struct.eps = case.q.shape[1], case.scaling, case.eps
@@ -172,7 +173,8 @@ def _stamp(case: Case) -> Any:
         None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
         for tensor in tensors
     ]
-    return places, case.q.shape[1], case.scaling, case.rope_scale, case.eps, case.ranks_k, case.ranks_v
+    grouping = [tuple(part) for part in (case.groups_k, case.ranks_k, case.groups_v, case.ranks_v)]
+    return places, grouping, case.q.shape[1], case.scaling, case.rope_scale, case.eps
 
 
 def decode(case: Case) -> tuple[Tensor, Tensor]:
