@@ -81,6 +81,11 @@ def _check(x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None) -> None:
     """Refuse what no product may see."""
     if not x.is_floating_point():
         raise RuntimeError(f"low_rank_linear: x must be floating point, got {x.dtype}")
+    if up.dim() != 2 or down.dim() != 2 or not down.numel():
+        raise RuntimeError(
+            f"low_rank_linear: factors must be matrices of at least one rank and column, got {tuple(up.shape)} and "
+            f"{tuple(down.shape)}"
+        )
     if x.dim() < 1 or x.shape[-1] != down.shape[1]:
         raise RuntimeError(f"low_rank_linear: x has shape {tuple(x.shape)}, the weight has {down.shape[1]} columns")
     if up.shape[1] != down.shape[0]:
@@ -89,6 +94,8 @@ def _check(x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None) -> None:
         raise RuntimeError(f"low_rank_linear: x is on {x.device}, the weight on {up.device} and {down.device}")
     if bias is not None and bias.shape != (up.shape[0],):
         raise RuntimeError(f"low_rank_linear: bias has shape {tuple(bias.shape)}, expected ({up.shape[0]},)")
+    if bias is not None and bias.device != x.device:
+        raise RuntimeError(f"low_rank_linear: x is on {x.device}, the bias on {bias.device}")
 
 
 def _linear(x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None) -> Tensor:

@@ -193,6 +193,10 @@ def test_wrong_arguments_are_refused_before_any_kernel():
         (torch.randn(2, 40), up[:, :5], down, None, "factors of rank 5 and 7"),
         (torch.randn(2, 40), up, down, torch.randn(23), "bias has shape \\(23,\\), expected \\(24,\\)"),
         (torch.randn(2, 40), up, down.to("meta"), None, "x is on cpu, the weight on cpu and meta"),
+        (torch.randn(2, 40), up, down, torch.randn(24, device="meta"), "x is on cpu, the bias on meta"),
+        (torch.randn(2, 40), up[0], down, None, "factors must be matrices of at least one rank and column"),
+        (torch.randn(2, 40), up[:, :0], down[:0], None, "got \\(24, 0\\) and \\(0, 40\\)"),
+        (torch.randn(2, 0), up, down[:, :0], None, "got \\(24, 7\\) and \\(7, 0\\)"),
     ):
         with pytest.raises(RuntimeError, match=message):
             low_rank_linear(x, u, d, bias)
