@@ -366,7 +366,7 @@ def _refuse_unloaded(model: Any) -> None:
 
 
 def _without_widening(model: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what is saved, with modules that diffusers keeps in float32 in the dtype of the others if nothing is lost.
+    """Return what is saved, with modules that diffusers keeps in float32 in the dtype of the others if that is exact.
 
     Loading makes them float32 again, whatever the file has; a file in half precision would grow by them.
     """
