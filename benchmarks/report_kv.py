@@ -143,7 +143,7 @@ def compiled() -> str:
         target, shape, held, kernel = name.split(" | ")
         matrix = ", ".join(f"{op} × {count}" for op, count in case["matrix"].items()) or "–"
         wrong = "; ".join(case["problems"]) or "–"
-        numbers = [str(case["registers"]), str(case["spills"]), f"{case['shared'] / 1024:.0f}", matrix, wrong]
+        numbers = [str(case["registers"]), str(case["spills"]), f"{case['shared'] / 1024:.1f}", matrix, wrong]
         rows.append([target, f"{shape}, {held}", kernel, *numbers])
     header = ["target", "shape, latents", "kernel", "registers", "spills", "shared KB", "matrix", "wrong"]
     return table(header, rows) + f"\n\nTriton {result['triton']}, {result['tokens']} tokens."

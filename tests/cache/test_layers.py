@@ -412,6 +412,8 @@ class TestRefusals:
         ("options", "message"),
         [
             ({"latent_bits": 5}, "latent_bits must be None or one of 3, 4, 8, got 5"),
+            ({"latent_bits": 4.0}, "latent_bits must be None or one of 3, 4, 8, got 4.0"),
+            ({"latent_bits": [4]}, r"latent_bits must be None or one of 3, 4, 8, got \[4\]"),
             ({"latent_bits": 4, "recent_window": -1}, "recent_window must be an integer from 0, got -1"),
             ({"latent_bits": 4, "sink_tokens": -1}, "sink_tokens must be an integer from 0, got -1"),
             ({"recent_window": 4}, "recent_window=4 needs latent_bits"),

@@ -1,9 +1,10 @@
 """The product with two dense factors on a processor, for few tokens: one pass over each, nothing stored between.
 
 A product with one token reads every weight once, so memory sets its time. Torch reads the small matrices that factors
-are at a third to a half of what memory gives, and converts factors of another dtype than the activations in each call.
-The compiled library reads each factor row by row as it lies, asks for the next rows meanwhile, and holds ``rank``
-floats per token in between. With many tokens arithmetic counts, for which torch has matrix units.
+are far more slowly than memory gives them, and converts factors of another dtype than the activations in each call
+(``python -m benchmarks.kernels.low_rank``). The compiled library reads each factor row by row as it lies, asks for the
+next rows meanwhile, and holds ``rank`` floats per token in between. With many tokens arithmetic counts, for which
+torch has matrix units.
 
 Rounding: activations and factors as they are, sums and what is between in float32, the result rounded once.
 """
