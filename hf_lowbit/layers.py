@@ -206,6 +206,14 @@ def packed_modules(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
+def check_model(model: Any, argument: str) -> None:
+    """Raise TypeError unless it is a model; a pipeline of diffusers holds several."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{argument} must be a model, got {type(model).__name__}; of a pipeline, pass pipeline.transformer"
+        )
+
+
 def set_act_bits(model: nn.Module, bits: int | None) -> int:
     """Choose the bits of activations for the next calls of all packed layers that round them.
 
@@ -219,8 +227,10 @@ def set_act_bits(model: nn.Module, bits: int | None) -> int:
         How many layers it holds for.
 
     Raises:
+        TypeError: it is no model, but a pipeline.
         ValueError: the bits are none of these, or no layer of the model rounds activations.
     """
+    check_model(model, "model")
     if bits is not None:
         check_act_bits(bits)
     layers = packed_modules(model).values()

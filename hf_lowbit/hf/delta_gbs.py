@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.kernels.activation import check_act_bits
-from hf_lowbit.layers import PackedLinear, packed_modules
+from hf_lowbit.layers import PackedLinear, check_model, packed_modules
 from hf_lowbit.methods.dvd_quant import schedule
 from hf_lowbit.recipe import matches, rules_of
 
@@ -85,12 +85,9 @@ def enable_delta_gbs(
 
     Raises:
         TypeError: it is no model, but a pipeline.
-        ValueError: an argument is out of range, or no layer rounds activations.
+        ValueError: an argument is out of range, no layer rounds activations, or one that is named does not.
     """
-    if not isinstance(transformer, nn.Module):
-        raise TypeError(
-            f"transformer must be a model, got {type(transformer).__name__}; of a pipeline, pass pipeline.transformer"
-        )
+    check_model(transformer, "transformer")
     hook = DeltaGBSHook(transformer, delta, low, high, warmup, layers)
     disable_delta_gbs(transformer)
     transformer.add_module(NAME, _DeltaGBS(hook))
@@ -166,6 +163,11 @@ def _rounds(layer: Any) -> bool:
     return bool(layer.format_type.rounds_activations(layer.spec))
 
 
+def _plain(name: str) -> str:
+    """Return the name that a layer has without an adapter around it."""
+    return name.removesuffix(".base_layer")
+
+
 class _State(BaseState):
     """Of one context.
 
@@ -217,9 +219,15 @@ class DeltaGBSHook(ModelHook):  # type: ignore[misc]
         if low > high:
             raise ValueError(f"low must be at most high, got {low} and {high}")
         self.delta, self.low, self.high, self.warmup = delta, low, high, warmup
+        if isinstance(layers, str):
+            raise ValueError(f"layers must be several names, got the text {layers!r}")
         self.layers = None if layers is None else frozenset(layers)
-        if not self._rounding(model):
+        found = self._rounding(model)
+        if not found:
             raise ValueError(f"{type(model).__name__}: no packed layer rounds activations, delta-GBS has none to set")
+        unknown = (self.layers or frozenset()) - {*map(_plain, found)}
+        if unknown:
+            raise ValueError(f"layers: no packed layer called {min(map(str, unknown))!r} rounds activations")
         self.states: Any = StateManager(_State)  # type: ignore[arg-type]  # a class is what it wants
         self.running, self.finished = DeltaReport(), DeltaReport()
         self.step: _Step | None = None
@@ -231,13 +239,13 @@ class DeltaGBSHook(ModelHook):  # type: ignore[misc]
         self.handles: list[Any] = []
         self.timestep_place = _place_of_timestep(model)
 
-    def _rounding(self, model: Any) -> list[PackedLinear]:
+    def _rounding(self, model: Any) -> dict[str, PackedLinear]:
         """Return the layers it is for. Looked up anew for each step, since layers may be replaced or wrapped."""
-        return [
-            layer
+        return {
+            name: layer
             for name, layer in packed_modules(model).items()
-            if _rounds(layer) and (self.layers is None or name.removesuffix(".base_layer") in self.layers)
-        ]
+            if _rounds(layer) and (self.layers is None or _plain(name) in self.layers)
+        }
 
     def attach(self, model: Any) -> None:
         """Hook it to a model, and to the last of the layers it is for."""
@@ -245,17 +253,17 @@ class DeltaGBSHook(ModelHook):  # type: ignore[misc]
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after),
         ]
-        self._rounding(model)[-1].on_call = self._seen
+        [*self._rounding(model).values()][-1].on_call = self._seen
 
     def detach(self, model: Any) -> None:
         """Undo :meth:`attach`."""
         for handle in self.handles:
             handle.remove()
-        for layer in self._rounding(model):
+        for layer in self._rounding(model).values():
             layer.act_bits = layer.on_call = None
 
     def _set(self, model: Any, bits: int) -> None:
-        for layer in self._rounding(model):
+        for layer in self._rounding(model).values():
             layer.act_bits = bits
 
     def _seen(self) -> None:

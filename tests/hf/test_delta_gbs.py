@@ -347,6 +347,8 @@ def test_only_the_layers_named(model):
         ({"high": 9}, "2 to 8"),
         ({"low": 8, "high": 4}, "low must be at most high, got 8 and 4"),
         ({"layers": ["blocks.0"]}, "WanTransformer3DModel: no packed layer rounds activations"),
+        ({"layers": ["blocks.0.ffn.net.2", "blocks.9.x"]}, "no packed layer called 'blocks.9.x' rounds activations"),
+        ({"layers": "blocks.0.ffn.net.2"}, "layers must be several names, got the text 'blocks.0.ffn.net.2'"),
     ],
 )
 def test_refusals(model, options, message):
@@ -364,6 +366,8 @@ def test_models_without_rounded_activations_are_refused():
     disable_delta_gbs(dense)
     with pytest.raises(TypeError, match=r"got WanPipeline; of a pipeline, pass pipeline\.transformer"):
         enable_delta_gbs(video.pipeline(dense))
+    with pytest.raises(TypeError, match=r"model must be a model, got WanPipeline; of a pipeline, pass pipeline\."):
+        set_act_bits(video.pipeline(dense), 4)
 
 
 def test_training_keeps_no_graph(model):
