@@ -31,7 +31,7 @@ def load_images(data: Any, most: int | None = None, seed: int | None = None) -> 
     Args:
         data: an image file or a folder of them (sorted by name), or several images: file names, PIL images, arrays
             or tensors (H, W, 3), (3, H, W) or (H, W), uint8 or floating from 0 to 1; a batch of them in one; or a
-            dataset whose rows are mappings with the key "image".
+            dataset whose rows are mappings with the key "image". Pictures have 8 bits, grey ones 8 or 16.
         most: read no more than so many; None reads all.
         seed: of the draw, if there are more; None takes the first ones, and so it is where their number is unknown.
 
@@ -41,6 +41,8 @@ def load_images(data: Any, most: int | None = None, seed: int | None = None) -> 
     Raises:
         CalibrationError: the source is missing, empty, unreadable or holds no images; says which one.
     """
+    if isinstance(data, str) and not data:  # else it would be the current folder
+        raise CalibrationError("images must be a folder, a file, a list of images or a dataset, got ''")
     if isinstance(data, (str, Path)):
         found = [_read(path) for path in _drawn(_files(Path(data)), most, seed)]
     else:
@@ -112,9 +114,7 @@ def _as_image(item: Any, where: str) -> Tensor:
     if isinstance(item, (str, Path)):
         return _read(Path(item))
     if _is_picture(item):
-        import numpy
-
-        item = numpy.array(item.convert("RGB"))  # a copy: views of pictures cannot be written to
+        item = _pixels(item, where)
     try:
         values = torch.as_tensor(item)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -133,6 +133,17 @@ def _as_image(item: Any, where: str) -> Tensor:
     if not bool(torch.isfinite(image).all()) or float(image.min()) < 0 or float(image.max()) > 1:
         raise CalibrationError(f"{where}: floating images must lie between 0 and 1")
     return image.contiguous()
+
+
+def _pixels(picture: Any, where: str) -> Any:
+    """Return a picture as an array: 8-bit RGB, or floating from 0 to 1 where it has 16 bits, which RGB would clip."""
+    import numpy
+
+    if picture.mode.startswith("I;16"):
+        return numpy.array(picture, dtype=numpy.float32) / 65535
+    if picture.mode in ("I", "F"):  # they have no range of their own
+        raise CalibrationError(f"{where}: pictures of mode {picture.mode} are not taken; convert it to 8 or 16 bits")
+    return numpy.array(picture.convert("RGB"))  # a copy: views of pictures cannot be written to
 
 
 def shrink(images: Tensor, scale: int) -> Tensor:

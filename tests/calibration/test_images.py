@@ -64,6 +64,17 @@ def test_every_form_gives_the_same_image(folder):
     assert len(load_images(folder)) == 3
 
 
+def test_pictures_of_16_bits_are_not_clipped(tmp_path):
+    grey = numpy.arange(0, 65536, 32, dtype=numpy.uint16).reshape(32, 64)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    want = torch.from_numpy(grey.astype(numpy.float32) / 65535).expand(3, -1, -1)
+    for source in (tmp_path / "grey.png", Image.fromarray(grey)):
+        torch.testing.assert_close(load_images(source)[0], want)
+    for kind in (numpy.int32, numpy.float32):
+        with pytest.raises(CalibrationError, match=r"image 0: pictures of mode [IF] are not taken"):
+            load_images([Image.fromarray(grey.astype(kind))])
+
+
 def test_grey_images_get_three_channels():
     grey = photo()[0]
     assert torch.equal(load_images([grey])[0], (grey.float() / 255).expand(3, -1, -1))
@@ -74,6 +85,7 @@ def test_grey_images_get_three_channels():
     ("data", "message"),
     [
         ("/nowhere", "neither a file nor a folder"),
+        ("", "must be a folder, a file"),  # not the current folder
         ([], "there are no images"),
         ([torch.zeros(5, 4, 6)], "expected \\(3, H, W\\)"),
         ([torch.zeros(3, 4, 6, dtype=torch.int64)], "must be uint8, or floating"),
