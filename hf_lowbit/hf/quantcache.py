@@ -41,20 +41,20 @@ def apply_quantcache(transformer: nn.Module, config: QuantCacheConfig | None = N
         config: the options; None for the defaults.
 
     Raises:
-        TypeError: ``config`` is none of QuantCache.
-        ValueError: a cache is enabled already, or packed layers cannot run the bits.
+        TypeError: ``transformer`` is no model, or ``config`` none of QuantCache.
+        ValueError: a cache is enabled already.
         UnsupportedModelError: the blocks of the transformer are not known.
     """
     make: Any = QuantCacheConfig
     config = make() if config is None else config
     if not isinstance(config, QuantCacheConfig):
         raise TypeError(f"config must be a QuantCacheConfig, got {type(config).__name__}")
-    _refuse_second_cache(transformer)
     from diffusers.hooks.hooks import HookRegistry
 
     from hf_lowbit.hf.quantcache_hooks import BlockHook, Engine, RootHook, SublayerHook
 
     engine = Engine(transformer, config)
+    _refuse_second_cache(transformer)
     engine.bits.take()
     registry = HookRegistry.check_if_exists_or_initialize
     for index, block in enumerate(engine.blocks.values()):

@@ -120,8 +120,13 @@ def find_blocks(transformer: nn.Module) -> dict[str, nn.Module]:
     That is the order of registration, except that spatial and temporal blocks take turns (Latte).
 
     Raises:
+        TypeError: it is no model, but a pipeline.
         UnsupportedModelError: there are none.
     """
+    if not isinstance(transformer, nn.Module):
+        raise TypeError(
+            f"transformer must be a model, got {type(transformer).__name__}; of a pipeline, pass pipeline.transformer"
+        )
     stacks = {
         name: [(f"{name}.{i}", block) for i, block in enumerate(child)]
         for name, child in transformer.named_children()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hf_lowbit import registry
 from hf_lowbit.compress.targets import select
 from hf_lowbit.config import LowBitConfig
+from hf_lowbit.errors import UnsupportedModelError
 from hf_lowbit.hf.quantcache_blocks import find_blocks
 from hf_lowbit.layers import PackedLinear, dense_weight, set_act_bits
 from hf_lowbit.methods.quantcache.allocation import (
@@ -120,8 +121,10 @@ def noise_calls(transformer: Any, steps: int = 4, seed: int = 0) -> list[Call]:
     """Return calls with Gaussian latents and text at evenly spaced timesteps, where there is no data at all.
 
     Raises:
-        ValueError: what such a call looks like is not known for the transformer's class.
+        ValueError: ``steps`` is below 1, or what such a call looks like is not known for the transformer's class.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     kind, config = type(transformer).__name__, getattr(transformer, "config", None)
     if kind not in _NOISE:
         raise ValueError(
@@ -194,6 +197,7 @@ def plan_weight_bits(
         The plan; its ``recipe()`` goes into ``hf_lowbit.quantize`` or ``from_pretrained``.
 
     Raises:
+        TypeError: ``transformer`` is no model, or ``config`` no config.
         ValueError: an argument is out of range; the method has no ``w_bits`` or not these.
         UnsupportedModelError: no layer of a block can be quantized.
 
@@ -202,7 +206,11 @@ def plan_weight_bits(
     if config is None:
         make: Any = registry.config_class("dvd_quant")
         config = make()
-    quantized = sorted(bits for bits in choices if bits != DENSE)
+    if not isinstance(config, LowBitConfig):
+        raise TypeError(f"config must be a config of one method, got {type(config).__name__}")
+    if not isinstance(choices, Sequence) or any(type(bits) is not int for bits in choices):
+        raise ValueError(f"choices must be numbers of bits, such as (4, 8, {DENSE}), got {choices!r}")
+    quantized = sorted({bits for bits in choices if bits != DENSE})
     if not quantized or "w_bits" not in type(config).options():
         raise ValueError(f"choices must hold bits that {type(config).__name__} stores weights in, besides {DENSE}")
     configs = {bits: dataclasses.replace(config, w_bits=bits) for bits in quantized}  # type: ignore[call-arg]
@@ -210,12 +218,17 @@ def plan_weight_bits(
     parameters = {
         part: sum(transformer.get_submodule(name).weight.numel() for name in names) for part, names in parts.items()
     }
-    allocate(parameters, {part: {} for part in parts}, choices, b_avg)  # refuses before the long work
+    # both refuse before the long work
+    allocate(parameters, {part: {} for part in parts}, choices, b_avg)
+    sensitivities({}, sensitivity_weights)
     found = [*(calls if calls is not None else noise_calls(transformer))]
     if not found:
         raise ValueError("calls is empty: the transformer was not called while they were recorded")
+    if not all(isinstance(call, tuple) and [*map(type, call)] == [tuple, dict] for call in found):
+        raise ValueError("calls must be pairs of a tuple and a dict, the arguments of one call each")
     with torch.no_grad():
         outputs = [_output(transformer, call) for call in found]
+        _with_frames(transformer, found[0], outputs[0], outputs[0], frame_axis)  # refuses, too
         damage = {
             part: {
                 bits: _damage(transformer, names, rule, found, outputs, frame_axis) for bits, rule in configs.items()
@@ -239,6 +252,10 @@ def _parts(transformer: nn.Module, config: LowBitConfig) -> dict[str, list[str]]
             continue
         kind = name.removeprefix(f"{block}.").split(".")[0]
         parts.setdefault(f"{block}.{kind}", []).append(name)
+    if not parts:
+        raise UnsupportedModelError(
+            f"{type(transformer).__name__}: {config.method} quantizes no layer of its blocks, so no bits are planned"
+        )
     return parts
 
 
@@ -293,6 +310,8 @@ def _with_frames(
 ) -> tuple[Tensor, Tensor, int]:
     """Return two outputs and the axis of their frames; tokens are taken apart by the number that the call gives."""
     if frame_axis is not None:
+        if type(frame_axis) is not int or not -expected.dim() <= frame_axis < expected.dim():
+            raise ValueError(f"frame_axis must be an axis of the output {tuple(expected.shape)}, got {frame_axis!r}")
         return expected, found, frame_axis
     if expected.dim() == 5:
         return expected, found, 1 if type(transformer).__name__.startswith("CogVideoX") else 2

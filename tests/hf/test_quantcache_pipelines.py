@@ -441,6 +441,8 @@ def test_functions_without_the_mixin():
     assert torch.equal(run(), expected)
     with pytest.raises(ValueError, match="has no QuantCache to remove"):
         remove_quantcache(model)
+    with pytest.raises(TypeError, match=r"got str; of a pipeline, pass pipeline.transformer"):
+        apply_quantcache("PixArt")
 
 
 def test_blocks_that_diffusers_does_not_list():

@@ -9,6 +9,7 @@ from hf_lowbit import (
     ARBConfig,
     DVDQuantConfig,
     QuantCacheConfig,
+    UnsupportedModelError,
     delta_gbs_report,
     enable_delta_gbs,
     packed_modules,
@@ -218,3 +219,26 @@ def test_bad_plans_are_refused_before_the_work():
         plan_weight_bits(model, [])
     with pytest.raises(ValueError, match="w_bits must be one of"):
         plan_weight_bits(model, [((), {})], choices=(5, 16), b_avg=6.0)
+    with pytest.raises(ValueError, match="choices must be numbers of bits"):
+        plan_weight_bits(model, [((), {})], choices=("4", 16))
+    with pytest.raises(ValueError, match=r"b_avg must be at least 4, .* got nan"):
+        plan_weight_bits(model, [((), {})], b_avg=float("nan"))
+    with pytest.raises(ValueError, match="sensitivity_weights must be 3 numbers"):
+        plan_weight_bits(model, [((), {})], sensitivity_weights=(1, 1))
+    with pytest.raises(ValueError, match="calls must be pairs of a tuple and a dict"):
+        plan_weight_bits(model, [torch.zeros(1)])
+    with pytest.raises(ValueError, match="frame_axis must be an axis of the output"):
+        plan_weight_bits(model, noise_calls(model, 1), frame_axis=5)
+    with pytest.raises(TypeError, match="config must be a config of one method, got str"):
+        plan_weight_bits(model, [((), {})], config="dvd_quant")
+    with pytest.raises(TypeError, match=r"of a pipeline, pass pipeline.transformer"):
+        plan_weight_bits(video_pipelines.wan(1)[0], [((), {})])
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        noise_calls(model, 0)
+    assert not packed_modules(model)
+
+
+def test_a_plan_of_no_layers_is_refused():
+    model = video_pipelines.wan(1)[0].transformer
+    with pytest.raises(UnsupportedModelError, match="dvd_quant quantizes no layer of its blocks"):
+        plan_weight_bits(model, [((), {})], config=DVDQuantConfig(skip=["blocks"]))

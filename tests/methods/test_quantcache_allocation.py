@@ -63,6 +63,15 @@ def test_budget_weighs_parts_by_their_parameters():
 def test_budget_below_the_fewest_bits_is_refused():
     with pytest.raises(ValueError, match="b_avg must be at least 4"):
         allocate({"a": 1}, {"a": {}}, (4, 8), 3.5)
+    for budget in (float("nan"), "6"):
+        with pytest.raises(ValueError, match=f"b_avg must be at least 4, .* got {budget!r}"):
+            allocate({"a": 1}, {"a": {}}, (4, 8), budget)
+
+
+def test_bits_that_are_named_twice_count_once():
+    sensitivity = {"a": {4: 0.4, 8: 0.1}, "b": {4: 0.1, 8: 0.0}}
+    parameters = {"a": 1, "b": 2}
+    assert allocate(parameters, sensitivity, (4, 4, 8), 6.0) == allocate(parameters, sensitivity, (4, 8), 6.0)
 
 
 def test_terms_count_in_shares_of_their_sum():
@@ -78,7 +87,7 @@ def test_terms_count_in_shares_of_their_sum():
     assert sensitivities(damage, (0, 0, 1))["a"] == {4: pytest.approx(0.5), 8: 0.0}
     still = {part: {4: Damage(1.0, 1.0, 0.0)} for part in "ab"}  # one frame: no differences
     assert sensitivities(still)["a"][4] == pytest.approx(1 / 3)
-    for weights in ((1, 1), (1, 1, -1)):
+    for weights in ((1, 1), (1, 1, -1), (1, 1, float("nan")), (1, 1, float("inf")), 3):
         with pytest.raises(ValueError, match="must be 3 numbers of at least 0"):
             sensitivities(damage, weights)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -61,13 +62,14 @@ def sensitivities(
         weights: of the three terms.
 
     Raises:
-        ValueError: there are not three weights, or one is negative.
+        ValueError: there are not three weights, or one is negative, infinite or NaN.
 
     Source: the paper names the three terms and no formula. Each is divided by its sum over the parts at the lowest
     bits, so that their units do not matter; a term that is zero everywhere has no say.
     """
-    if len(weights) != TERMS or min(weights) < 0:
-        raise ValueError(f"sensitivity_weights must be {TERMS} numbers of at least 0, got {tuple(weights)!r}")
+    numbers = isinstance(weights, Sequence) and all(isinstance(weight, (int, float)) for weight in weights)
+    if not numbers or len(weights) != TERMS or not all(0 <= weight < math.inf for weight in weights):
+        raise ValueError(f"sensitivity_weights must be {TERMS} numbers of at least 0, got {weights!r}")
     totals = [sum(rows[min(rows)].terms[i] for rows in damage.values()) for i in range(TERMS)]
     scales = [weight / total if total > 0 else 0.0 for weight, total in zip(weights, totals, strict=True)]
     return {
@@ -87,18 +89,18 @@ def allocate(
     Args:
         parameters: how many each part has.
         sensitivity: for each part and number of bits; what is absent (the dense weights' 16) counts as 0.
-        choices: numbers of bits, at least one.
+        choices: numbers of bits, at least one; one that is there twice counts once.
         b_avg: most bits per parameter, on average.
 
     Raises:
-        ValueError: not even the fewest bits fit the budget.
+        ValueError: not even the fewest bits fit the budget, or it is no number.
 
     Source: Eq. (7).  Differs: weighed by parameters, so that the budget is the size; printed, a small layer counts as
     much as a large one.
     """
-    levels = sorted(choices)
-    if b_avg < levels[0]:
-        raise ValueError(f"b_avg must be at least {levels[0]}, the fewest bits there are, got {b_avg:g}")
+    levels = sorted(set(choices))
+    if not isinstance(b_avg, (int, float)) or not b_avg >= levels[0]:  # NaN is below everything, too
+        raise ValueError(f"b_avg must be at least {levels[0]}, the fewest bits there are, got {b_avg!r}")
     bits = dict.fromkeys(parameters, levels[0])
     budget = b_avg * sum(parameters.values())
     spent = sum(parameters[part] * bits[part] for part in bits)
