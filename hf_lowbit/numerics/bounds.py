@@ -104,13 +104,17 @@ def search_bounds(
         l and u, l <= u.
 
     Raises:
-        ValueError: no values, non-finite ones, or an unknown search.
+        ValueError: no values, non-finite ones, an unknown search, or another argument out of range.
 
     Source: 2DQuant (arXiv 2406.06649), Algorithm 1 (distribution-oriented bound initialization).
     Differs: its released code never searches one-sided; here the sign of the values decides.
     """
     if search not in SEARCHES or sides not in SIDES:
         raise ValueError(f"search must be one of {SEARCHES} and sides of {SIDES}, got {search!r} and {sides!r}")
+    if candidates < 1 or not 0.5 <= percentile <= 1:
+        raise ValueError(
+            f"candidates must be at least 1 and percentile from 0.5 to 1, got {candidates} and {percentile}"
+        )
     flat = sample(values)
     if not len(flat) or not bool(torch.isfinite(flat).all()):
         raise ValueError("bounds need values, all of them finite")

@@ -21,6 +21,8 @@ is what fits what they say of it (closed form, compacts singular values, penaliz
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ def compact(sigma: Tensor, strength: float, regularizer: str = "variance", limit
     count = len(sigma)
     if regularizer not in REGULARIZERS:
         raise ValueError(f"regularizer must be one of {', '.join(REGULARIZERS)}, got {regularizer!r}")
-    if not strength >= 0 or (regularizer == "top" and strength >= count):
+    if not 0 <= strength < math.inf or (regularizer == "top" and strength >= count):
         raise ValueError(f"strength of {regularizer!r} must be at least 0 (top: below {count}), got {strength}")
     if regularizer == "variance":
         return (sigma + strength * sigma.mean()) / (1 + strength)

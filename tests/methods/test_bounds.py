@@ -1,5 +1,7 @@
 """Grids with two ends, the search for them, and what is learned of them."""
 
+import math
+
 import pytest
 import torch
 
@@ -95,6 +97,9 @@ def test_samples_are_spread_evenly():
 
 
 def test_what_cannot_be_searched_is_refused():
+    for wrong in ({"candidates": 0}, {"percentile": 1.5}, {"percentile": math.nan}):
+        with pytest.raises(ValueError, match=r"candidates must be at least 1 and percentile from 0.5 to 1"):
+            search_bounds(torch.ones(3), 2, **wrong)
     with pytest.raises(ValueError, match="all of them finite"):
         search_bounds(torch.tensor([1.0, float("nan")]), 4)
     with pytest.raises(ValueError, match="need values"):

@@ -131,6 +131,10 @@ def test_what_cannot_be_conditioned_is_kept_and_named(caplog):
     assert "wild: the second moment of its inputs is not finite" in caplog.text
     with pytest.raises(CalibrationError, match="layer: a stored grid of activations needs a sample"):
         fit(weight, None, quick(cond_strength=0), "layer", [])
+    weight, small = torch.randn(9, 6), quick(regularizer="top", cond_strength=3)
+    assert torch.isfinite(fit(weight, stats_of(torch.randn(8, 6)), small, "proj", []).weight).all()
+    with pytest.raises(ValueError, match=r"block.qkv: cond_strength of regularizer 'top' must be below 3, .* got 3"):
+        fit(weight, stats_of(torch.randn(8, 6)), small, "block.qkv", [])  # three parts of three rows
 
 
 # Attention -----------------------------------------------------------------------------------------------------------

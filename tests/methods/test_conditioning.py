@@ -167,3 +167,6 @@ def test_what_cannot_be_is_refused():
         compact(torch.ones(2), 0.1, "other")
     with pytest.raises(ValueError, match="at least 0"):
         compact(torch.ones(2), -0.1)
+    for strength in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="at least 0"):
+            compact(torch.ones(2), strength)

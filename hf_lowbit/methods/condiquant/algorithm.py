@@ -127,7 +127,7 @@ def fit(weight: Tensor, stats: Any, options: CondiQuantConfig, where: str, trace
         Codes and grids.
 
     Raises:
-        ValueError: the weight holds NaN or infinity.
+        ValueError: the weight holds NaN or infinity, or is too small for the strength of regularizer "top".
         CalibrationError: static grids without a sample of the inputs.
 
     Source: CondiQuant, "proximal gradient descent, followed by standard 2DQuant"; DOBI for all grids.
@@ -140,22 +140,22 @@ def fit(weight: Tensor, stats: Any, options: CondiQuantConfig, where: str, trace
     act_bounds = input_bounds(stats, options, where)
     moment = _moment_of(stats, where) if stats is not None and options.conditions else None
     candidates = options.strengths if moment is not None else (0.0,)
+    _refuse_strength(max(candidates), min(len(original) // parts, original.shape[1]), options, where)
     rows = None if stats is None else stats.sample
     wanted = None if rows is None else rows.to(original) @ original.T
     inputs = rows if rows is None else _as_met(rows.to(original), act_bounds, options)
-    best: tuple[float, float, Tensor] | None = None
+    best: tuple[float, float, Tensor, Tensor, Tensor] | None = None
     for strength in candidates:
         changed = _conditioned_or_kept(original, moment, strength, parts, options, where)
-        _, _, values = rounded(changed, parts, options)
+        codes, bounds, values = rounded(changed, parts, options)
         error = 0.0
         if inputs is not None and wanted is not None:
             error = float((inputs @ values.T - wanted).norm() / wanted.norm().clamp(min=1e-30))
         if best is None or error < best[0]:
-            best = (error, strength, changed)
+            best = (error, strength, changed, codes, bounds)
     if best is None:
         raise AssertionError("at least one strength is tried")
-    error, strength, changed = best
-    codes, bounds, _ = rounded(changed, parts, options)
+    error, strength, changed, codes, bounds = best
     if moment is not None:
         trace.append(
             {
@@ -167,6 +167,15 @@ def fit(weight: Tensor, stats: Any, options: CondiQuantConfig, where: str, trace
             }
         )
     return LayerFit(changed, codes, bounds, act_bounds)
+
+
+def _refuse_strength(strength: float, count: int, options: CondiQuantConfig, where: str) -> None:
+    """Refuse a strength that ``compact`` cannot take for so many singular values; one of them is never changed."""
+    if options.regularizer == "top" and 1 < count <= strength:
+        raise ValueError(
+            f"{where}: cond_strength of regularizer 'top' must be below {count}, how many singular values the layer "
+            f"has, got {strength:g}"
+        )
 
 
 def _as_met(rows: Tensor, act_bounds: Tensor | None, options: CondiQuantConfig) -> Tensor:
