@@ -24,6 +24,8 @@ WHEELS = ("scikit-image==0.26.0", "scikit-learn==1.9.1")
 PLACES = ("skimage/data/", "sklearn/datasets/images/")
 # Larger ones are halved: they are soft at full size.
 LARGEST = 800
+# Side of what is measured on, the middle of each held-out photograph.
+SQUARE = 128
 SCALE = 2
 STEPS, BATCH, CROP, RATE, WARM_UP = 1700, 8, 64, 2e-3, 50
 # The number goes up whenever the recipe changes, so that no machine keeps what an older one made.
@@ -42,6 +44,17 @@ def photos(split: Literal["train", "heldout"], cache: Path | str | None = None) 
         unpack(wheels, target)
 
     return assets.cached(PHOTO_FOLDER, cache, build) / split
+
+
+def held_out(count: int | None = None, cache: Path | str | None = None) -> list[Tensor]:
+    """Middle of the photographs to measure on, (3, 128, 128) each, float32, 0 to 1; the first so many, or all."""
+    from hf_lowbit.calibration.images import load_images
+
+    found = []
+    for image in load_images(photos("heldout", cache), count):
+        top, left = ((side - SQUARE) // 2 for side in image.shape[1:])
+        found.append(image[:, top : top + SQUARE, left : left + SQUARE])
+    return found
 
 
 def swin2sr(cache: Path | str | None = None) -> Path:

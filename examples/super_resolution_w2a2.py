@@ -31,14 +31,14 @@ if not __package__:  # started as a file: what it shares with tests and benchmar
 
 from assets import super_resolution
 from hf_lowbit import CondiQuantConfig, RunOptions
-from hf_lowbit.calibration.images import enlarge, load_images, multiple_of, reconstructed, shrink
+from hf_lowbit.calibration.images import enlarge, multiple_of, reconstructed, shrink
 from hf_lowbit.report.inspect import inspect
 from hf_lowbit.report.super_resolution import score
 from hf_lowbit.report.tables import size_text
 
 console = Console(highlight=False, soft_wrap=True)
 BITS = (4, 3, 2)
-SIZE, GAP = 128, 4
+GAP = 4
 QUICK = {"samples": 2, "cond_strength": 0.01, "cond_steps": 5, "dobi_candidates": 20}
 
 
@@ -51,23 +51,15 @@ def dense_model(tiny: bool, folder: Path) -> Path:
     return folder / "dense"
 
 
-def held_out(count: int) -> list[Tensor]:
-    """Return the middle of photographs that neither the model nor its grids have seen."""
-    found = []
-    for image in load_images(super_resolution.photos("heldout"))[:count]:
-        top, left = ((side - SIZE) // 2 for side in image.shape[1:])
-        found.append(image[:, top : top + SIZE, left : left + SIZE])
-    return found
-
-
 def strip(columns: list[list[Tensor]]) -> Image.Image:
     """Return one picture: a row for each photograph, a column for each version."""
-    rows, width = len(columns[0]), len(columns) * (SIZE + GAP) + GAP
-    sheet = torch.ones(3, rows * (SIZE + GAP) + GAP, width)
+    side = super_resolution.SQUARE
+    rows, width = len(columns[0]), len(columns) * (side + GAP) + GAP
+    sheet = torch.ones(3, rows * (side + GAP) + GAP, width)
     for i, column in enumerate(columns):
         for j, image in enumerate(column):
-            top, left = GAP + j * (SIZE + GAP), GAP + i * (SIZE + GAP)
-            sheet[:, top : top + SIZE, left : left + SIZE] = image
+            top, left = GAP + j * (side + GAP), GAP + i * (side + GAP)
+            sheet[:, top : top + side, left : left + side] = image
     return Image.fromarray((sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
@@ -79,7 +71,7 @@ def main() -> None:
     given = arguments.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore")
-    truth = held_out(2 if given.tiny else 5)
+    truth = super_resolution.held_out(2 if given.tiny else 5)
     scale = super_resolution.SCALE
     low = [shrink(image.unsqueeze(0), scale) for image in truth]
 

@@ -32,6 +32,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="of the sampler")
     parser.add_argument("--out", type=Path, default=Path("outputs/video_cached"), help="folder for the timeline")
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps must be at least 1, got {arguments.steps}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     steps = arguments.steps
     model = video.load("quick" if arguments.tiny else "full")
@@ -64,7 +67,6 @@ def main() -> None:
         table.add_row(name, computed, fewer, bits, f"{seconds:.1f}", f"{video.psnr(found, expected):.1f} dB")
     console.print(table)
     console.print(report.table())
-    arguments.out.mkdir(parents=True, exist_ok=True)
     console.print(f"what was decided at each step: {report.save_plot(arguments.out / 'timeline.png')}")
     console.print("fewer block calls save time in proportion only where blocks take most of it, as in real models")
 

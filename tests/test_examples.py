@@ -53,6 +53,10 @@ def test_video_cached(tmp_path, monkeypatch, capsys):
     assert all(int(row[2]) < 24 for row in rows.values())
     assert all(float(row[6].split()[0]) > 30 for row in rows.values())
     assert Image.open(tmp_path / "timeline.png").size[0] > 500
+    monkeypatch.setattr("sys.argv", ["video_cached", "--tiny", "--steps", "0"])
+    with pytest.raises(SystemExit):
+        video_cached.main()
+    assert "--steps must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_video_w4a4(tmp_path, monkeypatch, capsys):

@@ -21,12 +21,10 @@ from transformers import AutoModelForImageToImage
 from assets import super_resolution
 from benchmarks.common import write_result
 from hf_lowbit import CondiQuantConfig
-from hf_lowbit.calibration.images import load_images
 from hf_lowbit.hf.save import save_model
 from hf_lowbit.report.inspect import inspect
 from hf_lowbit.report.super_resolution import score
 
-SIZE = 128
 PLAIN = {"cond_strength": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "minmax": {**PLAIN, "bound_search": "minmax"},
@@ -41,15 +39,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "condiquant-dqc": {"refine": "dqc", "refine_steps": 100},
 }
 BITS = (4, 3, 2)
-
-
-def held_out(size: int = SIZE) -> list[torch.Tensor]:
-    """Return the middle of the held-out photographs."""
-    found = []
-    for image in load_images(super_resolution.photos("heldout")):
-        top, left = ((side - size) // 2 for side in image.shape[1:])
-        found.append(image[:, top : top + size, left : left + size])
-    return found
 
 
 def config(bits: int, **changes: Any) -> CondiQuantConfig:
@@ -77,7 +66,7 @@ def measure(model: Path, bits: int, changes: dict[str, Any]) -> dict[str, Any]:
         "bytes": size,
         "inspected_bytes": inspection.total_bytes,
         "bits_per_weight": inspection.bits_per_weight,
-        **score(loaded, held_out(), super_resolution.SCALE),
+        **score(loaded, super_resolution.held_out(), super_resolution.SCALE),
     }
     if traces:
         for name in ("condition_before", "condition_after", "output_change", "total_error", "strength"):
@@ -91,7 +80,7 @@ def without_body(path: Path) -> dict[str, float]:
     with torch.no_grad():
         for parameter in model.swin2sr.conv_after_body.parameters():
             parameter.zero_()
-    return score(model, held_out(), super_resolution.SCALE)
+    return score(model, super_resolution.held_out(), super_resolution.SCALE)
 
 
 def main() -> None:
@@ -106,8 +95,8 @@ def main() -> None:
         if name == "dense":
             model = AutoModelForImageToImage.from_pretrained(path).eval()
             result = {
-                "dense": score(model, held_out(), super_resolution.SCALE),
-                "bicubic": score(None, held_out(), super_resolution.SCALE),
+                "dense": score(model, super_resolution.held_out(), super_resolution.SCALE),
+                "bicubic": score(None, super_resolution.held_out(), super_resolution.SCALE),
                 "without_body": without_body(path),
                 "bytes": sum(file.stat().st_size for file in path.iterdir()),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),

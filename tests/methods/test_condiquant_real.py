@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForImageToImage
 
 from assets import super_resolution
-from benchmarks.quality.condiquant import VARIANTS, held_out, measure
+from benchmarks.quality.condiquant import VARIANTS, measure
 from hf_lowbit.report.super_resolution import score
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 def dense():
     """PSNR of bicubic interpolation and of the dense model."""
     model = AutoModelForImageToImage.from_pretrained(super_resolution.swin2sr()).eval()
-    return score(None, held_out(), 2)["psnr"], score(model, held_out(), 2)["psnr"]
+    return score(None, super_resolution.held_out(), 2)["psnr"], score(model, super_resolution.held_out(), 2)["psnr"]
 
 
 @pytest.fixture(scope="module")
