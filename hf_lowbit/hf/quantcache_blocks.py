@@ -21,6 +21,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from hf_lowbit.errors import UnsupportedModelError
+from hf_lowbit.layers import check_model
 
 # Class -> places of hidden states and of the second stream among what it returns, and the second stream's argument.
 # Read in the source of diffusers 0.42.1; a class is only looked up by its name, so that none of them is imported.
@@ -123,10 +124,7 @@ def find_blocks(transformer: nn.Module) -> dict[str, nn.Module]:
         TypeError: it is no model, but a pipeline.
         UnsupportedModelError: there are none.
     """
-    if not isinstance(transformer, nn.Module):
-        raise TypeError(
-            f"transformer must be a model, got {type(transformer).__name__}; of a pipeline, pass pipeline.transformer"
-        )
+    check_model(transformer, "transformer")
     stacks = {
         name: [(f"{name}.{i}", block) for i, block in enumerate(child)]
         for name, child in transformer.named_children()
