@@ -76,8 +76,9 @@ def save_remainder(
         By layer the share of the remainder that is still left: of its outputs with tokens, else of its weights.
 
     Raises:
-        ValueError: the rank is below 1, the model has no packed layers, or the folder is not empty.
-        CheckpointError: dense weights are missing or of another shape; all of them are named.
+        ValueError: the rank is below 1, the model has no packed layers, the folder is not empty or cannot be made, or
+            ``tokens`` are not (sequences, length) of ids that the model knows.
+        CheckpointError: dense weights are missing, all of which are named, or one is of another shape or not finite.
     """
     layers, target = packed_modules(model), Path(path)
     if type(rank) is not int or rank < 1:
@@ -86,6 +87,11 @@ def save_remainder(
         raise ValueError(f"{type(model).__name__} has no packed layers, so nothing was left out")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{path}: exists and is not empty; choose another folder")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"{path}: cannot be made, since {above} is no folder")
+    if tokens is not None:
+        _check_tokens(tokens, model.get_input_embeddings().weight.shape[0])
     missing = [name for name in layers if dense.locate(f"{name}.weight") is None]
     if missing:
         raise CheckpointError(f"the dense checkpoint lacks {len(missing)} packed layers: {', '.join(missing[:10])}")
@@ -112,6 +118,16 @@ def save_remainder(
             tensors[f"base_model.model.{name}.lora_B.weight"] = up.to(dtype).contiguous()
     _write(target, tensors, _config(rank, ranks))
     return left
+
+
+def _check_tokens(tokens: Any, known: int) -> None:
+    fitting = isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.numel() > 0
+    if not fitting or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        found = f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"tokens must be (sequences, length), integers, at least one, got {found}")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= known:
+        raise ValueError(f"tokens: ids go from {low} to {high}; the model knows 0 to {known - 1}")
 
 
 def _portions(layers: Mapping[str, PackedLinear], gathering: bool) -> Iterator[list[str]]:

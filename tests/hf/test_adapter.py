@@ -111,6 +111,18 @@ def test_what_cannot_be_done_is_refused(folders, tmp_path):
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not empty"):
         save_remainder(model, dense, tmp_path / "full")
+    with pytest.raises(ValueError, match=r"cannot be made, since .*letter\.txt is no folder"):
+        save_remainder(model, dense, tmp_path / "full" / "letter.txt" / "out")
+    for given, message in (
+        (torch.zeros(5, dtype=torch.int64), r"got \(5,\) of torch.int64"),
+        (torch.zeros(0, 5, dtype=torch.int64), r"got \(0, 5\) of torch.int64"),
+        (torch.zeros(2, 5), r"got \(2, 5\) of torch.float32"),
+        ([[1, 2]], "got list"),
+        (torch.full((2, 5), 10**6), "ids go from 1000000 to 1000000; the model knows 0 to"),
+        (torch.full((2, 5), -1), "ids go from -1 to -1"),
+    ):
+        with pytest.raises(ValueError, match=f"tokens.* {message}"):
+            save_remainder(model, dense, tmp_path / "out", tokens=given)
     with pytest.raises(CheckpointError, match=r"q_proj: dense weight is \(1,\), packed as \(64, 64\)"):
         save_remainder(model, dense_weights(folders / "low rank", "model"), tmp_path / "out")
     tiny_model("gpt2").save_pretrained(tmp_path / "other")
