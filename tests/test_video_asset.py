@@ -100,6 +100,19 @@ def test_unknown_budget_is_refused():
         video.path("huge")
 
 
+@pytest.mark.parametrize("prompt", [("red", "square"), ("square", "red", "up"), ("red", "square", "sideways")])
+def test_unknown_prompts_are_refused(prompt):
+    with pytest.raises(ValueError, match="must be a colour, a shape and a direction of red, green"):
+        video.sample(None, (video.PROMPTS[0], prompt))
+    with pytest.raises(ValueError, match="there is no prompt"):
+        video.indices([])
+
+
+def test_videos_of_other_shapes_have_no_distance():
+    with pytest.raises(ValueError, match=r"videos have shapes \(2, 3\) and \(1, 3\)"):
+        video.psnr(torch.zeros(2, 3), torch.zeros(1, 3))
+
+
 @pytest.mark.slow
 def test_full_model_paints_what_it_is_asked_for():
     """Each sampled clip is nearer to a clip of its own prompt, wherever it starts, than to those of other prompts."""
@@ -107,7 +120,7 @@ def test_full_model_paints_what_it_is_asked_for():
     starts = torch.cartesian_prod(torch.arange(0, 16.0), torch.arange(0, 16.0))
 
     def error(clip, prompt):
-        words = torch.tensor([[data.WORDS.index(word) for word in prompt]])
+        words = video.indices([prompt])
         return float((video.render(words.expand(len(starts), 3), starts) - clip).square().mean((1, 2, 3, 4)).min())
 
     for clip, (colour, shape, direction) in zip(found, video.PROMPTS, strict=True):

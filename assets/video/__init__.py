@@ -15,12 +15,12 @@ prompts are three words: colour, shape, direction. It works on pixels, through t
 ``video.path(...)`` is the folder, for ``from_pretrained``. Nothing of it is ever committed.
 """
 
-from assets.video.data import CHANNELS, FRAMES, SIZE, WORDS, clips, draw_words, embed, render
+from assets.video.data import CHANNELS, FRAMES, SIZE, WORDS, clips, draw_words, embed, indices, render
 from assets.video.model import BUDGETS, Budget, load, path
 from assets.video.outliers import inject
 from assets.video.sampling import PROMPTS, noise, pipeline, psnr, sample
 
 __all__ = [
-    "BUDGETS", "CHANNELS", "FRAMES", "PROMPTS", "SIZE", "WORDS", "Budget", "clips", "draw_words", "embed", "inject",
-    "load", "noise", "path", "pipeline", "psnr", "render", "sample",
+    "BUDGETS", "CHANNELS", "FRAMES", "PROMPTS", "SIZE", "WORDS", "Budget", "clips", "draw_words", "embed", "indices",
+    "inject", "load", "noise", "path", "pipeline", "psnr", "render", "sample",
 ]  # fmt: skip

@@ -1,5 +1,7 @@
 """Clips of one coloured shape that moves over a dark ground, made as they are needed, and prompts that name them."""
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,25 @@ def _table() -> Tensor:
 def embed(words: Tensor) -> Tensor:
     """Return prompt embeddings, (batch, 3, 32), of indices into :data:`WORDS`, (batch, 3); -1 is no word."""
     return _table()[words]
+
+
+def indices(prompts: Iterable[Sequence[str]]) -> Tensor:
+    """Return prompts as indices into :data:`WORDS`, (batch, 3).
+
+    Raises:
+        ValueError: a prompt is not a colour, a shape and a direction.
+    """
+    found = []
+    for prompt in prompts:
+        kinds = (COLOURS, SHAPES, DIRECTIONS)
+        if len(prompt) != len(kinds) or not all(word in kind for word, kind in zip(prompt, kinds, strict=True)):
+            raise ValueError(
+                f"prompt is {prompt!r}; it must be a colour, a shape and a direction of {', '.join(WORDS)}"
+            )
+        found.append([WORDS.index(word) for word in prompt])
+    if not found:
+        raise ValueError("there is no prompt")
+    return torch.tensor(found)
 
 
 def draw_words(count: int, generator: torch.Generator) -> Tensor:

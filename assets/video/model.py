@@ -3,9 +3,8 @@
     python -m assets video            # about ten minutes of one core, then kept in the cache folder
 
 Recipe: noise level sigma = sigmoid(1.2 n + 0.3) for normal n, input (1 - sigma) x + sigma e, target e - x, mean
-squared error; AdamW with warm-up and cosine, gradients clipped, an average of the weights over steps. All in float32,
-which is faster here than autocast to bfloat16 (0.4 s a step, not 0.5). Numbers are drawn with fixed seeds and computed
-in one thread, so a machine trains the same model each time.
+squared error; AdamW with warm-up and cosine, gradients clipped, an average of the weights over steps. All in float32.
+Numbers are drawn with fixed seeds and computed in one thread, so a machine trains the same model each time.
 """
 
 import contextlib

@@ -57,10 +57,13 @@ def sample(
 
     Returns:
         (prompts, 3, 8, 16, 16) in float32, about [-1, 1].
+
+    Raises:
+        ValueError: no prompt, or one that is not a colour, a shape and a direction.
     """
+    words = data.indices(prompts)
     made = pipeline(transformer) if isinstance(transformer, torch.nn.Module) else transformer
     dtype = made.transformer.dtype
-    words = torch.tensor([[data.WORDS.index(word) for word in prompt] for prompt in prompts])
     # sizes are those of a decoder that enlarges eight times, and frames four times
     frames = made(
         prompt_embeds=data.embed(words).to(dtype),
@@ -73,6 +76,12 @@ def sample(
 
 
 def psnr(found: Tensor, expected: Tensor) -> float:
-    """Return the peak signal-to-noise ratio in decibels over all of both, for values in [-1, 1]."""
+    """Return the peak signal-to-noise ratio in decibels over all of both, for values in [-1, 1].
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    if found.shape != expected.shape:
+        raise ValueError(f"videos have shapes {tuple(found.shape)} and {tuple(expected.shape)}")
     error = float((found.double() - expected.double()).square().mean())
     return 10 * math.log10(4 / error) if error else math.inf

@@ -51,7 +51,7 @@ def wan_block() -> tuple[Any, dict[str, Tensor]]:
 
 def trained() -> tuple[Any, dict[str, Tensor]]:
     """Return the trained transformer, and inputs of six clips."""
-    words = torch.tensor([[video.WORDS.index(word) for word in prompt] for prompt in video.PROMPTS])
+    words = video.indices(video.PROMPTS)
     inputs = {"hidden_states": video.noise(), "timestep": torch.full((6,), 500.0)}
     return video.load(), {**inputs, "encoder_hidden_states": video.embed(words)}
 
@@ -165,6 +165,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=REPEATS, help="calls of each version that count")
     repeats = parser.parse_args().repeats
+    if repeats < 2:
+        parser.error(f"--repeats must be at least 2, for percentiles, got {repeats}")
     torch.set_num_threads(1)
     with torch.no_grad():
         write_result("video_speed", measure(repeats))
