@@ -25,21 +25,24 @@ def _text(width, batch=1, length=4):
     return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(5))
 
 
+def _guided(**changes):
+    """Return the arguments of a call with classifier-free guidance."""
+    call = {"prompt_embeds": _text(16), "negative_prompt_embeds": -_text(16), "height": 64, "width": 64}
+    return {**call, "num_frames": 5, "guidance_scale": 2.0, **changes}
+
+
+def _without_text(kind, model, scheduler):
+    return kind(tokenizer=None, text_encoder=None, vae=None, transformer=model, scheduler=scheduler)
+
+
 def wan(layers=3):
     torch.manual_seed(0)
     model = diffusers.WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, text_dim=16, freq_dim=16, ffn_dim=32, in_channels=4,
         out_channels=4, num_layers=layers, rope_max_seq_len=32,
     )  # fmt: skip
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    pipeline = diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=model, scheduler=scheduler
-    )
-    call = {
-        "prompt_embeds": _text(16), "negative_prompt_embeds": -_text(16), "height": 64, "width": 64, "num_frames": 5,
-        "guidance_scale": 2.0,
-    }  # fmt: skip
-    return _finished(pipeline, model), call
+    pipeline = _without_text(diffusers.WanPipeline, model, diffusers.FlowMatchEulerDiscreteScheduler())
+    return _finished(pipeline, model), _guided()
 
 
 def cogvideox(layers=3):
@@ -49,15 +52,8 @@ def cogvideox(layers=3):
         text_embed_dim=16, num_layers=layers, sample_width=8, sample_height=8, sample_frames=5, patch_size=2,
         max_text_seq_length=4,
     )  # fmt: skip
-    scheduler = diffusers.CogVideoXDDIMScheduler()
-    pipeline = diffusers.CogVideoXPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=model, scheduler=scheduler
-    )
-    call = {
-        "prompt_embeds": _text(16), "negative_prompt_embeds": -_text(16), "height": 64, "width": 64, "num_frames": 5,
-        "guidance_scale": 2.0,
-    }  # fmt: skip
-    return _finished(pipeline, model), call
+    pipeline = _without_text(diffusers.CogVideoXPipeline, model, diffusers.CogVideoXDDIMScheduler())
+    return _finished(pipeline, model), _guided()
 
 
 def ltx(layers=3):
@@ -69,10 +65,7 @@ def ltx(layers=3):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     pipeline = diffusers.LTXPipeline(scheduler, None, None, None, model)
     mask = torch.ones(1, 4)
-    call = {
-        "prompt_embeds": _text(16), "negative_prompt_embeds": -_text(16), "prompt_attention_mask": mask,
-        "negative_prompt_attention_mask": mask, "height": 64, "width": 64, "num_frames": 17, "guidance_scale": 2.0,
-    }  # fmt: skip
+    call = _guided(prompt_attention_mask=mask, negative_prompt_attention_mask=mask, num_frames=17)
     return _finished(pipeline, model), call
 
 

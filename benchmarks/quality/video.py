@@ -67,7 +67,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "default": {},
 }
 WIDTHS = (16, 8, 6, 4)
-# What the schedules are tried with: the figures of a first implementation were made at this size of groups.
+# What the schedules are tried with: groups as in the rows of SCHEMES that show the parts of the method.
 SCHEDULED = dict(GROUPED)
 STEPS, DELTAS, DRAWS = 30, (0.02, 0.04, 0.06, 0.09, 0.12, 0.18, 0.3), 6
 # Wan2.1-1.3B; the config of `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`.
@@ -311,7 +311,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SCHEMES, help="schemes: measure these anew, keep the others")
     parser.add_argument("--kernel", help="name of a kernel to use, see `hf-lowbit bench --list`")
     arguments = parser.parse_args()
-    with dispatch.forced(arguments.kernel) if arguments.kernel else contextlib.nullcontext():
+    for option, part, given in (("--write", "size", arguments.write), ("--only", "schemes", arguments.only)):
+        if given and part not in arguments.part:
+            parser.error(f"{option} belongs to --part {part}, which is not among {', '.join(arguments.part)}")
+    with contextlib.ExitStack() as stack:
+        if arguments.kernel:
+            try:
+                stack.enter_context(dispatch.forced(arguments.kernel))
+            except ValueError as error:
+                parser.error(f"--kernel: {error}")
         for part in arguments.part:
             if part in ("size", "schemes"):
                 result = size(arguments.write) if part == "size" else schemes(arguments.only)

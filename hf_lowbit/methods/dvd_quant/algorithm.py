@@ -213,8 +213,8 @@ def column_balance(weight: Tensor, beta: float, beyond: float) -> Tensor:
 
     ``r_j`` is the largest weight of column j relative to that of the median column. Channels that a model scales up
     on one side of a product and down on the other become alike on both. Columns that do not stand out say little of
-    their inputs: balancing all of them costs as much on a model without such channels as it gains on one with them
-    (``python -m benchmarks.quality.video``).
+    their inputs: balancing all of them loses on a model without such channels much of what it gains on one with them
+    (``python -m benchmarks.quality.video --part schemes``).
 
     Args:
         weight: (n, m), floating.

@@ -13,20 +13,15 @@ from hf_lowbit.numerics.rotation import BLOCKS
 _LARGEST_GROUP = 2**14
 
 
-def _group(low: int, whole: str) -> Any:
-    def problem(value: Any) -> str | None:
-        sized = type(value) is int and 16 <= value <= _LARGEST_GROUP and value % 16 == 0
-        if sized or (type(value) is int and value == low):
-            return None
-        return f"must be {low} ({whole}) or a multiple of 16 up to {_LARGEST_GROUP}, got {shown(value)}"
-
-    return problem
-
-
 def _columns(value: Any) -> str | None:
     if type(value) is int and 16 <= value <= _LARGEST_GROUP and value % 16 == 0:
         return None
     return f"must be a multiple of 16 up to {_LARGEST_GROUP}, got {shown(value)}"
+
+
+def _columns_or_row(value: Any) -> str | None:
+    wrong = None if type(value) is int and value == -1 else _columns(value)
+    return wrong and wrong.replace("must be", "must be -1 (rows) or", 1)
 
 
 def _delta(value: Any) -> str | None:
@@ -72,7 +67,7 @@ class DVDQuantConfig(LowBitConfig):
 
     w_bits: int = option(4, "bits of a weight", choices=(2, 3, 4, 8))
     group_size: int = option(
-        32, "columns that share a weight scale, a multiple of 16; -1: one scale for each row", check=_group(-1, "rows")
+        32, "columns that share a weight scale, a multiple of 16; -1: one scale for each row", check=_columns_or_row
     )
     weight_init: str = option(
         "bgr",
