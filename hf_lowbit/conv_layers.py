@@ -91,15 +91,14 @@ class UnpackedConv2d(nn.Module):
             self.register_parameter(name, part)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve the signs of (N, in_channels, H, W)."""
+        """Convolve the signs of (N, in_channels, H, W); the result has the dtype of the input.
+
+        Raises:
+            ValueError: the input has another shape, or is not floating point.
+        """
         g, spec = self.spec.geometry, self.spec
-        image = signs(shifted(x, self.shift)).to(self.weight.dtype)
-        if g.transposed:
-            y = nn.functional.conv_transpose2d(
-                image, self.weight, None, g.stride, g.padding, g.output_padding, g.groups, g.dilation
-            )
-        else:
-            y = nn.functional.conv2d(image, self.weight, None, g.stride, g.padding, g.dilation, g.groups)
+        g.check_input(x)
+        y = g.convolve(signs(shifted(x, self.shift)).to(self.weight.dtype), self.weight)
         y = y.to(x.dtype) + self.affine[1, :, None, None].to(x.dtype)
         around = None
         if spec.residual != "none":

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import reprlib
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -40,8 +39,6 @@ SIDE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 SHIFTS = ("none", "bias", "affine")
 ACTS = ("none", "rprelu")
 RESIDUALS = ("none", "after_act", "before_act")
-_MOST = 64  # of a kernel, a stride, a padding, a dilation: more than any layer has
-_MOST_CHANNELS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,23 +90,7 @@ class BinaryConvSpec(Spec):
     def problems(self) -> list[str]:
         """Return what is wrong with the values, empty if nothing is."""
         found = super().problems()
-        for name, least, most in (
-            ("kernel", 1, _MOST),
-            ("stride", 1, _MOST),
-            ("dilation", 1, _MOST),
-            ("padding", 0, _MOST * _MOST),
-            ("output_padding", 0, _MOST),
-        ):
-            pair = getattr(self, name)
-            good = isinstance(pair, tuple) and len(pair) == 2 and all(type(v) is int for v in pair)
-            if not good or not all(least <= v <= most for v in pair):
-                found.append(f"{name} must be two integers from {least} to {most}, got {reprlib.repr(pair)}")
-        for name in ("in_channels", "groups"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= _MOST_CHANNELS:
-                found.append(f"{name} must be an integer from 1 to {_MOST_CHANNELS}, got {reprlib.repr(value)}")
-        if type(self.transposed) is not bool:
-            found.append(f"transposed must be true or false, got {reprlib.repr(self.transposed)}")
+        found += [] if found else self.geometry.problems()
         for name, known in (
             ("shift", SHIFTS),
             ("act", ACTS),
@@ -119,21 +100,11 @@ class BinaryConvSpec(Spec):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 found.append(f"{name} must be one of {', '.join(known)}, got {reprlib.repr(value)}")
-        return found or self._disagreements()
-
-    def _disagreements(self) -> list[str]:
-        """Return what is wrong with values that are fine one by one."""
-        found = []
-        if self.in_channels % self.groups or self.out_features % self.groups:
-            found.append(f"groups {self.groups} must divide {self.in_channels} and {self.out_features} channels")
-        elif self.in_features != self.in_channels // self.groups * math.prod(self.kernel):
+        if not found and self.in_features != self.geometry.columns:
             found.append(
                 f"in_features is {self.in_features}, {self.in_channels} channels in {self.groups} groups and a kernel "
-                f"of {self.kernel} make {self.in_channels // self.groups * math.prod(self.kernel)}"
+                f"of {self.kernel} make {self.geometry.columns}"
             )
-        extra = zip(self.output_padding, self.stride, self.dilation, strict=True)
-        if any(self.output_padding) and (not self.transposed or any(o >= max(s, d) for o, s, d in extra)):
-            found.append("output_padding is for transposed convolutions, and smaller than stride or dilation")
         return found
 
     @functools.cached_property
@@ -184,7 +155,7 @@ class BinaryConvFormat(Format):
 
         Args:
             spec: what it is.
-            weight: in torch's layout; its signs are kept, that of 0 is +1.
+            weight: in torch's layout, finite; its signs are kept, that of 0 is +1.
             affine: (2, out_channels), scale and offset.
             shift: (in_channels,) or (2, in_channels), if the spec has one.
             act: (3, out_channels), if the spec has one.
@@ -193,10 +164,15 @@ class BinaryConvFormat(Format):
             A validated format on the device of the weight.
 
         Raises:
-            ValueError: the parts do not fit the spec, or a value leaves the range of ``side_dtype``.
+            ValueError: the parts do not fit the spec, the weight holds NaN or infinity, or a value leaves the range
+                of ``side_dtype``.
         """
         if problems := spec.problems():
             raise ValueError("; ".join(problems))
+        if tuple(weight.shape) != spec.geometry.weight_shape:
+            raise ValueError(f"weight is {tuple(weight.shape)}, expected {spec.geometry.weight_shape}")
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError("weight holds NaN or infinity")
         dtype = SIDE_DTYPES[spec.side_dtype]
         parts: dict[str, Any] = {"affine": affine, "shift": shift, "act": act}
         stored: dict[str, Any] = {

@@ -23,6 +23,11 @@ from hf_lowbit.methods.bidrn.options import BLOCK_RESIDUALS, UnitOptions
 _SHAPES = ("body_shape", "hand_shape", "face_shape")
 
 
+def _list(value: Any) -> Any:
+    """Return a tuple as JSON has it; what else a file may hold is refused by name, later."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 class BodyMeshConfig(PreTrainedConfig):
     """Sizes of the network and which of it is binary; the defaults are those of the paper's network.
 
@@ -65,8 +70,8 @@ class BodyMeshConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.body_depth, self.hand_depth, self.face_depth = body_depth, hand_depth, face_depth
-        self.width, self.head_width, self.heat_depth = width, list(head_width), heat_depth
-        self.body_shape, self.hand_shape, self.face_shape = list(body_shape), list(hand_shape), list(face_shape)
+        self.width, self.head_width, self.heat_depth = width, _list(head_width), heat_depth
+        self.body_shape, self.hand_shape, self.face_shape = map(_list, (body_shape, hand_shape, face_shape))
         self.binarize, self.binarize_box, self.block_residual = binarize, binarize_box, block_residual
         self.named_modules, self.ste, self.shift, self.act = named_modules, ste, shift, act
         self.lcr, self.residual_position = lcr, residual_position
@@ -86,7 +91,7 @@ class BodyMeshConfig(PreTrainedConfig):
         """Return what is wrong with the values, empty if nothing is; a config comes from somebody's file."""
         found = []
         for name in ("body_depth", "hand_depth", "face_depth"):
-            if getattr(self, name) not in LAYERS:
+            if type(getattr(self, name)) is not int or getattr(self, name) not in LAYERS:
                 found.append(f"{name} must be one of {', '.join(map(str, LAYERS))}, got {getattr(self, name)!r}")
         for name in ("width", "heat_depth"):
             value = getattr(self, name)
@@ -97,6 +102,13 @@ class BodyMeshConfig(PreTrainedConfig):
             fine = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(v) is int for v in pair)
             if not fine or not all(step <= v <= 8192 and v % step == 0 for v in pair):
                 found.append(f"{name} must be two multiples of {step} up to 8192, got {pair!r}")
+        for name in ("binarize", "binarize_box", "named_modules"):
+            if type(getattr(self, name)) is not bool:
+                found.append(f"{name} must be true or false, got {getattr(self, name)!r}")
+        try:
+            _ = self._unit
+        except ValueError as error:
+            found.append(str(error))
         if self.block_residual not in BLOCK_RESIDUALS:
             found.append(f"block_residual must be one of {', '.join(BLOCK_RESIDUALS)}, got {self.block_residual!r}")
         return found
@@ -109,10 +121,13 @@ class BodyMeshConfig(PreTrainedConfig):
         return Sizes(**tuples)
 
     @property
+    def _unit(self) -> UnitOptions:
+        return UnitOptions(self.ste, self.shift, self.act, self.lcr, self.residual_position)
+
+    @property
     def style(self) -> Style:
         """Which convolutions are binary, and how."""
-        unit = UnitOptions(self.ste, self.shift, self.act, self.lcr, self.residual_position)
-        return Style(self.binarize, self.binarize_box, self.block_residual, self.named_modules, unit)
+        return Style(self.binarize, self.binarize_box, self.block_residual, self.named_modules, self._unit)
 
 
 @dataclasses.dataclass
@@ -172,15 +187,7 @@ class BiDRNForBodyMesh(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
             if isinstance(module, BinaryUnit):
-                for parameter in (module.shift, module.act, module.beta):
-                    if parameter is not None:
-                        init.zeros_(parameter)
-                for parameter, value in ((module.act, 0.25), (module.shift, 1.0)):
-                    if parameter is not None and parameter.dim() == 2:
-                        init.constant_(parameter[0], value)
-                if module.beta is not None:
-                    init.ones_(module.beta)
-                init.zeros_(module.trained_batches)
+                module.reset_unit(init.copy_)  # which leaves what was read from a file
         else:
             super()._init_weights(module)
 
@@ -194,7 +201,12 @@ class BiDRNForBodyMesh(PreTrainedModel):
 
         Returns:
             :class:`BodyMeshOutput`.
+
+        Raises:
+            ValueError: ``pixel_values`` has another shape.
         """
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or not pixel_values.numel():
+            raise ValueError(f"pixel_values must be (N, 3, H, W) and not empty, got {tuple(pixel_values.shape)}")
         out = BodyMeshOutput(**self.net(pixel_values))
         return out.to_tuple() if return_dict is False else out
 

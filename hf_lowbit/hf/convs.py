@@ -91,9 +91,11 @@ def binarize_convs(model: nn.Module, config: BiDRNConfig | None = None) -> Selec
         Which are binary now, and why the others are not.
 
     Raises:
-        ValueError: nothing would become binary, a skip pattern matches nothing, or a block shares its ReLU between
-            binary and other convolutions.
+        TypeError: ``model`` is no module, ``config`` none of this method.
+        ValueError: nothing would become binary, a skip pattern matches nothing, a convolution is used under two
+            names, or a block shares its ReLU between binary and other convolutions.
     """
+    _check_arguments(model, config)
     config = config or _default(for_training=True)
     found = select(model, config)
     make_binary(model, found.binary, config.unit)
@@ -122,8 +124,10 @@ def pack_convs(
         Bytes by name of each packed convolution.
 
     Raises:
+        TypeError: ``model`` is no module, ``config`` none of this method.
         ValueError: there is nothing to pack, a unit was never trained, or holds NaN or infinity.
     """
+    _check_arguments(model, config)
     found = units(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no binary convolutions in training form")
@@ -147,6 +151,13 @@ def pack_convs(
     finished = dataclasses.replace(own, for_training=False, latents=(), modules=rows)
     _attach(model, finished)
     return {name: one.nbytes for name, one in packed.items()}
+
+
+def _check_arguments(model: Any, config: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if config is not None and not isinstance(config, BiDRNConfig):
+        raise TypeError(f"config must be a BiDRNConfig, got {type(config).__name__}")
 
 
 def _attach(model: Any, config: BiDRNConfig) -> None:

@@ -13,13 +13,13 @@ applied in float32 also where ``x`` is bfloat16, which could not hold a dot of 4
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, conv_transpose2d
 
 from hf_lowbit.kernels.cpu import popcount as cpu
 from hf_lowbit.kernels.dispatch import forced_name
@@ -65,11 +65,7 @@ def scaled(dot: Tensor, affine: Tensor, act: Tensor | None) -> Tensor:
 def reference_dot(x: Tensor, sign: Tensor, shift: Tensor | None, geometry: ConvGeometry) -> Tensor:
     """Return the dots (N, out_channels, H_out, W_out), int32, by a float32 convolution of ±1; the definition."""
     image, weight = signs(shifted(x, shift)), sign_weight(sign, geometry)
-    g = geometry
-    if g.transposed:
-        out = conv_transpose2d(image, weight, None, g.stride, g.padding, g.output_padding, g.groups, g.dilation)
-    else:
-        out = conv2d(image, weight, None, g.stride, g.padding, g.dilation, g.groups)
+    out = geometry.convolve(image, weight)
     return out.round().to(torch.int32)  # some algorithms of libraries (Winograd) are off by less than a half
 
 
@@ -145,6 +141,17 @@ LIBRARY.define(f"binary_conv_dot({_PARTS}, int[] geometry) -> Tensor")
 LIBRARY.define(f"binary_conv2d({_PARTS}, Tensor affine, Tensor? act, int[] geometry) -> Tensor")
 
 
+@functools.lru_cache(maxsize=1024)
+def _geometry(numbers: tuple[int, ...]) -> ConvGeometry:
+    """Return the geometry that an op was given, if it is sound."""
+    if len(numbers) != 14:
+        raise RuntimeError(f"binary_conv2d: geometry must be 14 integers, got {len(numbers)}")
+    geometry = ConvGeometry.of(numbers)
+    if problems := geometry.problems():
+        raise RuntimeError(f"binary_conv2d: {'; '.join(problems)}")
+    return geometry
+
+
 def _check(x: Tensor, sign: Tensor, others: tuple[Tensor | None, ...], geometry: ConvGeometry) -> None:
     """Refuse what no kernel may see."""
     if not x.is_floating_point():
@@ -180,13 +187,13 @@ def _convolve(
     act: Tensor | None,
     numbers: list[int],
 ) -> Tensor:
-    geometry = ConvGeometry.of(numbers)
+    geometry = _geometry(tuple(numbers))
     _check(x, sign, (shift, affine, act), geometry)
     return choose_conv(x.dtype, x.device.type, geometry).run(x, sign, shift, affine, act, geometry)
 
 
 def _fake(x: Tensor, sign: Tensor, shift: Tensor | None, affine: Any, act: Any, numbers: list[int]) -> Tensor:
-    geometry = ConvGeometry.of(numbers)
+    geometry = _geometry(tuple(numbers))
     _check(x, sign, (shift, affine, act), geometry)
     shape = (x.shape[0], geometry.out_channels, *geometry.output_size(*x.shape[2:]))
     return x.new_empty(shape, dtype=torch.int32 if affine is None else x.dtype)
@@ -224,7 +231,7 @@ def binary_conv2d(
         uses :mod:`hf_lowbit.methods.bidrn`.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit.
+        RuntimeError: shapes, dtypes or devices do not fit, or the geometry is none.
     """
     arguments: tuple[Any, ...] = (x, sign, shift, affine, act, list(geometry.numbers))
     if unobserved(x):

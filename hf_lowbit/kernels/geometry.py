@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import conv2d, conv_transpose2d
 
 from hf_lowbit.kernels.planes import plane_bytes
 
 Pair = tuple[int, int]
+MOST_TAPS = 64  # of a kernel's rows and of its columns, as in csrc/popcount_rows.h; more than any layer has
+MOST_CHANNELS, _MOST_OUTPUTS = 2**20, 2**24
+_RANGES = (
+    *((name, 1, MOST_TAPS) for name in ("kernel", "stride", "dilation")),
+    ("padding", 0, MOST_TAPS * MOST_TAPS),
+    ("output_padding", 0, MOST_TAPS),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +81,30 @@ class ConvGeometry:
         last = (self.groups, int(self.transposed), *self.output_padding)
         return (self.in_channels, self.out_channels, *pairs, *last)
 
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, empty if nothing is; they may come from somebody's file."""
+        found = []
+        for name, least, most in _RANGES:
+            pair = getattr(self, name)
+            good = isinstance(pair, tuple) and len(pair) == 2 and all(type(v) is int for v in pair)
+            if not good or not all(least <= v <= most for v in pair):
+                found.append(f"{name} must be two integers from {least} to {most}, got {reprlib.repr(pair)}")
+        counts = (("in_channels", MOST_CHANNELS), ("out_channels", _MOST_OUTPUTS), ("groups", MOST_CHANNELS))
+        for name, most in counts:
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                found.append(f"{name} must be an integer from 1 to {most}, got {reprlib.repr(value)}")
+        if type(self.transposed) is not bool:
+            found.append(f"transposed must be true or false, got {reprlib.repr(self.transposed)}")
+        if found:
+            return found
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            found.append(f"groups {self.groups} must divide {self.in_channels} and {self.out_channels} channels")
+        extra = zip(self.output_padding, self.stride, self.dilation, strict=True)
+        if any(self.output_padding) and (not self.transposed or any(o >= max(s, d) for o, s, d in extra)):
+            found.append("output_padding is for transposed convolutions, and smaller than stride or dilation")
+        return found
+
     @property
     def group_channels(self) -> int:
         """Input channels that an output reads."""
@@ -96,6 +129,32 @@ class ConvGeometry:
     def stride_gain(self) -> int:
         """Product of both strides."""
         return math.prod(self.stride)
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """Shape of torch's weight."""
+        if self.transposed:
+            return (self.in_channels, self.out_channels // self.groups, *self.kernel)
+        return (self.out_channels, self.group_channels, *self.kernel)
+
+    def check_input(self, x: Tensor) -> None:
+        """Refuse what a shift of each channel would silently spread, or no convolution takes.
+
+        Raises:
+            ValueError: ``x`` is not (N, in_channels, H, W), floating point.
+        """
+        if x.dim() != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
+            raise ValueError(
+                f"input must be floating point (N, {self.in_channels}, H, W), got {tuple(x.shape)}, {x.dtype}"
+            )
+
+    def convolve(self, image: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Convolve (N, in_channels, H, W) with torch's weight, of the same dtype; by torch, in that dtype."""
+        if self.transposed:
+            return conv_transpose2d(
+                image, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            )
+        return conv2d(image, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def output_size(self, height: int, width: int) -> Pair:
         """Return height and width of the result for those of an image."""

@@ -10,7 +10,6 @@ from hf_lowbit.conv_layers import PackedConv2d
 from hf_lowbit.formats import FORMATS, BinaryConvFormat, BinaryConvSpec
 from hf_lowbit.kernels import unpack_plane
 from hf_lowbit.kernels.geometry import ConvGeometry
-from hf_lowbit.methods.bidrn.algorithm import spec_bytes
 
 
 def made(ins=6, outs=5, kernel=(3, 3), transposed=False, groups=1, seed=0, **options):
@@ -21,6 +20,14 @@ def made(ins=6, outs=5, kernel=(3, 3), transposed=False, groups=1, seed=0, **opt
     shift = {"none": None, "bias": torch.randn(ins), "affine": torch.randn(2, ins)}[spec.shift]
     act = torch.randn(3, outs) if spec.act == "rprelu" else None
     return BinaryConvFormat.pack(spec, weight, torch.randn(2, outs), shift, act), weight
+
+
+def spec_bytes(spec):
+    """The formula of the format's docstring."""
+    side = {"float32": 4, "float16": 2}[spec.side_dtype]
+    shift = {"none": 0, "bias": 1, "affine": 2}[spec.shift] * spec.in_channels
+    act = 3 if spec.act == "rprelu" else 0
+    return 16 * spec.out_features * -(-spec.in_features // 128) + side * ((2 + act) * spec.out_features + shift)
 
 
 @pytest.mark.parametrize("side_dtype", ["float32", "float16"])
@@ -163,5 +170,11 @@ def test_parts_that_do_not_fit_are_refused():
     half = dataclasses.replace(packed.spec, side_dtype="float16")
     with pytest.raises(ValueError, match="affine holds NaN or infinity"):  # it leaves the range of float16
         BinaryConvFormat.pack(half, weight, packed.affine * 1e9, packed.shift, packed.act)
+    with pytest.raises(ValueError, match=r"weight is \(5, 54\), expected \(5, 6, 3, 3\)"):
+        BinaryConvFormat.pack(packed.spec, weight.reshape(5, 54), packed.affine, packed.shift, packed.act)
+    with pytest.raises(ValueError, match=r"weight is \(5, 6, 1, 1\)"):  # its signs would fit into as many bytes
+        BinaryConvFormat.pack(packed.spec, weight[..., :1, :1], packed.affine, packed.shift, packed.act)
+    with pytest.raises(ValueError, match="weight holds NaN or infinity"):
+        BinaryConvFormat.pack(packed.spec, weight * float("nan"), packed.affine, packed.shift, packed.act)
     with pytest.raises(TypeError, match="no linear layer"):
         packed.linear(torch.zeros(2, 54), None)

@@ -31,6 +31,7 @@ from hf_lowbit import (
 from hf_lowbit.conv_layers import PackedConv2d, packed_convs
 from hf_lowbit.hf.save import save_model
 from hf_lowbit.methods.bidrn.convert import RECTIFIERS, select, units
+from hf_lowbit.methods.bidrn.modules import BinaryUnit
 from hf_lowbit.report.inspect import inspect
 from hf_lowbit.report.verify import verify
 
@@ -420,6 +421,37 @@ def test_compression_runs_refuse_a_method_of_training():
             quantize(resnet(), config)
 
 
+def test_other_models_and_configs_are_refused():
+    for run in (binarize_convs, pack_convs):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+            run("resnet")
+        with pytest.raises(TypeError, match="config must be a BiDRNConfig, got dict"):
+            run(generic(), {"ste": "poly"})
+
+
+def test_one_convolution_under_two_names_is_refused():
+    model = generic()
+    model.add_module("again", model[2].conv2)
+    with pytest.raises(ValueError, match=r"2\.conv2 and again are the same convolution"):
+        binarize_convs(model)
+    assert not units(model)
+
+
+def test_only_activations_that_would_make_signs_constant_go():
+    model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[16], depths=[1], layer_type="basic"))
+    first = model.encoder.stages[0].layers[0].layer[0]
+    first.activation = nn.Tanh()
+    binarize_convs(model, BiDRNConfig())
+    assert isinstance(first.convolution, BinaryUnit) and isinstance(first.activation, nn.Tanh)
+
+
+def test_strides_that_cannot_be_stored_stay_dense():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, 65), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8, 2)
+    )
+    assert "stride must be two integers from 1 to 64" in select(model, BiDRNConfig()).dense["1"]
+
+
 def test_configs_that_make_no_sense_are_refused():
     for values, message in (
         ({"latents": "abc"}, "latents must be a list"),
@@ -478,6 +510,20 @@ def test_body_mesh_life_cycle(tmp_path):
     assert len(packed_convs(loaded)) == 3 * 16 + 3
 
 
+def test_what_was_read_is_not_made_anew(tmp_path):
+    model = BiDRNForBodyMesh(BodyMeshConfig.tiny(shift="affine"))
+    with torch.no_grad():
+        for unit in units(model).values():
+            unit.act.fill_(0.75)
+            unit.shift.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    less = {name: tensor for name, tensor in tensors.items() if not name.endswith("trained_batches")}
+    save_file(less, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for unit in units(AutoModel.from_pretrained(tmp_path)).values():
+        assert unit.act.eq(0.75).all() and unit.shift.eq(0.5).all() and unit.trained_batches == 0
+
+
 @pytest.mark.parametrize(
     "style", [{"binarize": False, "binarize_box": False}, {"named_modules": True}, {"lcr": False}]
 )
@@ -497,9 +543,18 @@ def test_body_mesh_configs_are_checked():
         ({"body_shape": (65, 64)}, "body_shape must be two multiples of 32"),
         ({"width": 0}, "width must be an integer from 1"),
         ({"block_residual": "x"}, "block_residual must be one of"),
+        ({"body_depth": [18]}, "body_depth must be one of 18, 50"),
+        ({"head_width": 5}, "head_width must be two multiples of 1"),
+        ({"binarize": "no"}, "binarize must be true or false, got 'no'"),
+        ({"lcr": 1}, "lcr must be true or false, got 1"),
+        ({"width": 0, "ste": "x"}, "width must be an integer .*; ste must be one of"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"BodyMeshConfig: {message}"):
             BiDRNForBodyMesh(BodyMeshConfig.tiny(**change))
+    model = BiDRNForBodyMesh(BodyMeshConfig.tiny())
+    for shape in ((1, 4, 64, 64), (3, 64, 64), (0, 3, 64, 64)):
+        with pytest.raises(ValueError, match=r"pixel_values must be \(N, 3, H, W\)"):
+            model(torch.zeros(shape))
 
 
 def test_packed_convolutions_refuse_an_output_size():

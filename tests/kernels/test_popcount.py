@@ -245,6 +245,33 @@ def test_what_no_kernel_may_see_is_refused(change, message):
         binary_conv2d(*given.values(), geometry)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (2, 65, "kernel must be two integers from 1 to 64"),
+        (4, 0, "stride must be two integers from 1 to 64"),  # a division by zero in a library ends the process
+        (6, -1, "padding must be two integers from 0"),
+        (8, 0, "dilation must be two integers"),
+        (10, 0, "groups must be an integer from 1"),
+        (10, 3, "groups 3 must divide 8 and 8 channels"),
+        (12, 1, "output_padding is for transposed convolutions"),
+        (None, None, "geometry must be 14 integers, got 13"),
+    ],
+)
+@pytest.mark.parametrize("transposed", [0, 1])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_geometries_that_are_none_are_refused(place, value, message, transposed, device):
+    numbers = list(ConvGeometry(8, 8, (1, 1)).numbers)
+    numbers[11] = transposed
+    if place is None:
+        numbers.pop()
+    else:
+        numbers[place] = value
+    x, sign = torch.zeros(1, 8, 4, 4, device=device), torch.zeros(8, 16, dtype=torch.uint8, device=device)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.hf_lowbit.binary_conv_dot(x, sign, None, numbers)
+
+
 def test_a_forced_kernel_says_why_it_cannot():
     geometry = ConvGeometry(4, 4, (1, 1))
     x, sign = torch.zeros(1, 4, 2, 2, dtype=torch.float64), torch.zeros(4, 16, dtype=torch.uint8)
@@ -258,6 +285,9 @@ def test_a_forced_kernel_says_why_it_cannot():
 def test_geometry_reads_modules():
     module = torch.nn.Conv2d(4, 8, (3, 5), 2, "valid", groups=2)
     assert ConvGeometry.of_module(module) == ConvGeometry(4, 8, (3, 5), (2, 2), groups=2)
+    assert ConvGeometry.of_module(module).weight_shape == tuple(module.weight.shape)
+    module = torch.nn.ConvTranspose2d(4, 8, (3, 5), groups=2)
+    assert ConvGeometry.of_module(module).weight_shape == tuple(module.weight.shape)
     same = ConvGeometry.of_module(torch.nn.Conv2d(4, 8, (3, 5), padding="same", dilation=(1, 2)))
     assert same.padding == (1, 4)
     with pytest.raises(ValueError, match="differs from side to side"):

@@ -214,6 +214,35 @@ def test_residuals_may_be_left_out():
         UnitOptions(ste="identity")
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: UnitOptions(lcr="no"), "lcr must be true or false, got 'no'"),
+        (lambda: BinaryConv2d(8, 8, 3, options={"ste": "poly"}), "options must be UnitOptions, got dict"),
+        (lambda: BinaryConv2d(8, 8, 3, norm=nn.GroupNorm(2, 8)), "norm must be a batch normalization"),
+        (lambda: BinaryConv2d(8, 8, 3, norm=nn.BatchNorm2d(4)), "norm is of 4 channels, the convolution makes 8"),
+        (lambda: FusionDecrease(8, 0), "ratio 0 must divide the 8 channels"),
+        (lambda: FusionIncrease(8, 0), "ratio must be at least 1, got 0"),
+        (lambda: BiDRB(8, 10), "out_channels of a bottleneck must be a multiple of 4, got 10"),
+        (lambda: BiDRB(8, 8, block_residual="x"), "block_residual must be one of fp, binary, none, got 'x'"),
+    ],
+)
+def test_modules_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_images_of_another_shape_are_refused(training):
+    unit = BinaryConv2d(8, 8, 3).train(training)
+    for wrong in (torch.zeros(2, 1, 5, 5), torch.zeros(8, 5, 5), torch.zeros(2, 8, 5, 5, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"input must be floating point \(N, 8, H, W\), got"):
+            unit(wrong)  # a shift of each channel would spread a single one over all eight
+    dense = PackedConv2d(unit.packed(), torch.float32).dequantize()
+    with pytest.raises(ValueError, match=r"got \(2, 1, 5, 5\)"):
+        dense(torch.zeros(2, 1, 5, 5))
+
+
 # Modules that change dimensions --------------------------------------------------------------------------------------
 
 PRESETS = {

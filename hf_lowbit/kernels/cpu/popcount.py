@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.kernels.cpu.library import DTYPES, open_library
-from hf_lowbit.kernels.geometry import ConvGeometry
+from hf_lowbit.kernels.geometry import MOST_TAPS, ConvGeometry
 from hf_lowbit.kernels.planes import unpack_plane
 from hf_lowbit.kernels.triton.forms import Derived
 
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 ABI = 1
 ISAS = ("portable", "avx2", "avx512")
 _WORD, _LANES = 64, 8
-MOST_TAPS = 64  # of a kernel's rows and of its columns: MOST_TAPS of csrc/popcount_rows.h
 # Fewer pairs of bits per thread than this are not worth starting threads for.
 _PER_THREAD = 1 << 24
 _DERIVED = Derived()

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lowbit.formats.binary_conv import BinaryConvSpec
 from hf_lowbit.kernels.geometry import ConvGeometry
 
 
@@ -144,14 +143,3 @@ def folded(scale: Tensor, bias: Tensor | None, norm: dict[str, Any] | None) -> T
         offset = offset if norm["bias"] is None else offset + norm["bias"].double()
         scale = scale * gain
     return torch.stack([scale, offset])
-
-
-def spec_bytes(spec: BinaryConvSpec) -> int:
-    """Return the bytes of a packed convolution, from its sizes alone.
-
-    Differs: rows of signs are padded to 128 columns, not to 8 as in the formula of bits.
-    """
-    side = {"float32": 4, "float16": 2}[spec.side_dtype]
-    shift = {"none": 0, "bias": 1, "affine": 2}[spec.shift] * spec.in_channels
-    act = 3 if spec.act == "rprelu" else 0
-    return 16 * spec.out_features * -(-spec.in_features // 128) + side * ((2 + act) * spec.out_features + shift)

@@ -77,7 +77,7 @@ def _place(model: nn.Module, name: str) -> _Place:
     acts: list[str] = []
     if leaf == "convolution" and "normalization" in children:
         norm = _join(parent, "normalization")
-        acts += [_join(parent, "activation")] if "activation" in children else []
+        acts += [_join(parent, "activation")] if _is_rectifier(children.get("activation")) else []
         block, above = _block_of(model, parent)
         if above is not None and _is_rectifier(getattr(above, "activation", None)):
             acts.append(_join(block, "activation"))
@@ -122,18 +122,18 @@ def _skip_reason(model: nn.Module, name: str, conv: Any, config: BiDRNConfig) ->
     if config.block_residual == "fp" and set(name.split(".")) & set(_PROJECTIONS):
         return PROJECTION
     try:
-        geometry = ConvGeometry.of_module(conv)
+        problems = ConvGeometry.of_module(conv).problems()
     except ValueError as error:
         return str(error)
-    return f"a kernel of {geometry.kernel}" if max(geometry.kernel) > 64 else None
+    return "; ".join(problems) or None
 
 
 def select(model: nn.Module, config: BiDRNConfig) -> Selection:
     """Decide for every convolution of a model; weights are not looked at, ``meta`` will do.
 
     Raises:
-        ValueError: a skip pattern matches no module, nothing would become binary, or a block shares one ReLU between
-            convolutions of which only some would.
+        ValueError: a skip pattern matches no module, nothing would become binary, a convolution is used under two
+            names, or a block shares one ReLU between convolutions of which only some would become binary.
     """
     convs = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))}
     idle = [p for p in config.skip if not any(matches(p, name) for name, _ in model.named_modules() if name)]
@@ -141,6 +141,10 @@ def select(model: nn.Module, config: BiDRNConfig) -> Selection:
         raise ValueError(f"skip {', '.join(map(repr, idle))}: no module of {type(model).__name__} matches")
     if any(isinstance(conv, BinaryUnit) for conv in convs.values()):
         raise ValueError(f"{type(model).__name__} has binary convolutions already")
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and name not in convs:
+            first = next(n for n, conv in convs.items() if conv is module)
+            raise ValueError(f"{first} and {name} are the same convolution, which cannot be replaced in one place")
     dense: dict[str, str] = {}
     names = list(convs)
     later = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]

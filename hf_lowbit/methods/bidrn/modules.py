@@ -9,12 +9,13 @@ A latent weight beyond 1 in size gets no gradient any more: weight decay, if the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate
+from torch.nn.functional import avg_pool2d, interpolate
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_lowbit.formats.binary_conv import BinaryConvFormat, BinaryConvSpec
 from hf_lowbit.kernels.conv import rprelu, scaled, shifted, signs
@@ -37,12 +38,20 @@ class BinaryUnit(nn.Module):
 
     weight: Any
     bias: Any
+    out_channels: int
     shift: Any
     act: Any
     beta: Any
     trained_batches: Any
 
-    def _make(self, options: UnitOptions, norm: nn.Module | None) -> None:
+    def _make(self, options: Any, norm: bool | nn.Module | None) -> None:
+        options = UnitOptions() if options is None else options
+        if not isinstance(options, UnitOptions):
+            raise ValueError(f"options must be UnitOptions, got {type(options).__name__}")
+        if not isinstance(norm, (bool, _BatchNorm, type(None))):  # no other can be folded
+            raise ValueError(f"norm must be a batch normalization, True or False, got {type(norm).__name__}")
+        if isinstance(norm, _BatchNorm) and norm.num_features != self.out_channels:
+            raise ValueError(f"norm is of {norm.num_features} channels, the convolution makes {self.out_channels}")
         self.options = options
         self.geometry = ConvGeometry.of_module(self)
         kind: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
@@ -52,28 +61,34 @@ class BinaryUnit(nn.Module):
         beta = torch.ones(1, **kind) if options.ste == "tanh" else None
         for name, value in (("shift", shift), ("act", act), ("beta", beta)):
             self.register_parameter(name, None if value is None else nn.Parameter(value))
-        self.norm = norm
+        self.norm = nn.BatchNorm2d(outs, **kind) if norm is True else norm or None
         self.register_buffer("trained_batches", torch.zeros((), dtype=torch.int64, device=self.weight.device))
         self.reset_unit()
 
     @torch.no_grad()
-    def reset_unit(self) -> None:
-        """Set what belongs to the unit beside weight and normalization: no shift, slope 0.25, β = 1, untrained."""
-        for parameter, first in ((self.shift, 1.0), (self.act, 0.25)):
-            if parameter is not None:
-                parameter.zero_()
-                if parameter.dim() == 2:
-                    parameter[0] = first
-        if self.beta is not None:
-            self.beta.fill_(1.0)
-        self.trained_batches.zero_()
+    def reset_unit(self, copy: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
+        """Set what belongs to the unit beside weight and normalization: no shift, slope 0.25, β = 1, untrained.
+
+        Args:
+            copy: ``(tensor, values)``, writes the values into the tensor, whole.
+        """
+        for tensor, first in ((self.shift, 1.0), (self.act, 0.25), (self.beta, 1.0), (self.trained_batches, 0)):
+            if tensor is not None:
+                values = torch.zeros_like(tensor)
+                if tensor.dim() == 2 or tensor is self.beta:
+                    values[0] = first
+                copy(tensor, values)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (N, C_out, H_out, W_out) of (N, C_in, H, W), in its dtype.
 
         In evaluation mode the steps are those of the packed form, rounding included: a difference of one unit in the
         last place could turn a sign further on. Gradients are those of the training form all the same.
+
+        Raises:
+            ValueError: the input has another shape, or is not floating point.
         """
+        self.geometry.check_input(input)
         if self.training:
             if torch.is_grad_enabled() and self.weight.requires_grad:
                 self.trained_batches.add_(1)
@@ -89,7 +104,7 @@ class BinaryUnit(nn.Module):
         options = self.options
         image = sign_activation(shifted(input, self.shift), options.ste, self.beta).to(input.dtype)
         weight = binarize_weight(self.weight, self.geometry).to(input.dtype)
-        y = self._convolve(image, weight, None if self.bias is None else self.bias.to(input.dtype))
+        y = self.geometry.convolve(image, weight, None if self.bias is None else self.bias.to(input.dtype))
         y = y if self.norm is None else self.norm(y)
         around = self._around(input, y)
         if around is not None and options.residual_position == "before_act":
@@ -98,19 +113,13 @@ class BinaryUnit(nn.Module):
         return y + around if around is not None and options.residual_position == "after_act" else y
 
     def _exact(self, input: Tensor) -> Tensor:
-        dot = self._convolve(signs(shifted(input, self.shift)), signs(self.weight), None)
+        dot = self.geometry.convolve(signs(shifted(input, self.shift)), signs(self.weight))
         affine = self.affine().float()
         around = self._around(input, dot)
         if around is not None and self.options.residual_position == "before_act" and self.act is not None:
             return rprelu(scaled(dot, affine, None).to(input.dtype) + around, self.act)
         y = scaled(dot, affine, self.act).to(input.dtype)
         return y if around is None else y + around
-
-    def _convolve(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        g = self.geometry
-        if g.transposed:
-            return conv_transpose2d(image, weight, bias, g.stride, g.padding, g.output_padding, g.groups, g.dilation)
-        return conv2d(image, weight, bias, g.stride, g.padding, g.dilation, g.groups)
 
     def _around(self, input: Tensor, y: Tensor) -> Tensor | None:
         if not self.options.lcr:
@@ -145,8 +154,6 @@ class BinaryUnit(nn.Module):
             ValueError: a value is not finite or leaves the range of ``side_dtype``; names the unit.
         """
         affine = self.affine(name)
-        if not bool(torch.isfinite(self.weight).all()):
-            raise ValueError(f"{name}: weight holds NaN or infinity")
         try:
             return BinaryConvFormat.pack(self.spec(side_dtype), self.weight, affine, self.shift, self.act)
         except ValueError as error:
@@ -196,7 +203,7 @@ class BinaryConv2d(BinaryUnit, nn.Conv2d):
         nn.Conv2d.__init__(
             self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **kind
         )
-        self._make(options or UnitOptions(), nn.BatchNorm2d(out_channels, **kind) if norm is True else norm or None)
+        self._make(options, norm)
 
 
 class BinaryConvTranspose2d(BinaryUnit, nn.ConvTranspose2d):
@@ -225,7 +232,7 @@ class BinaryConvTranspose2d(BinaryUnit, nn.ConvTranspose2d):
             self, in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
             **kind,
         )  # fmt: skip
-        self._make(options or UnitOptions(), nn.BatchNorm2d(out_channels, **kind) if norm is True else norm or None)
+        self._make(options, norm)
 
     def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
         """Return the upsampled images; ``output_size`` must be None.
@@ -269,6 +276,8 @@ class _Branches(nn.Module):
 
     def __init__(self, count: int, channels: int, kernel_size: int, options: UnitOptions | None) -> None:
         super().__init__()
+        if count < 1:
+            raise ValueError(f"ratio must be at least 1, got {count}")
         units = [
             BinaryConv2d(channels, channels, kernel_size, 1, kernel_size // 2, options=options) for _ in range(count)
         ]
@@ -297,9 +306,9 @@ class FusionDecrease(_Branches):
     def __init__(
         self, channels: int, ratio: int = 2, kernel_size: int = 1, options: UnitOptions | None = None
     ) -> None:
-        super().__init__(ratio, channels // ratio, kernel_size, options)
-        if channels % ratio:
+        if ratio < 1 or channels % ratio:
             raise ValueError(f"ratio {ratio} must divide the {channels} channels")
+        super().__init__(ratio, channels // ratio, kernel_size, options)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, C, H, W) of (N, ratio · C, H, W)."""
@@ -343,6 +352,25 @@ def change_dimensions(
     return BinaryConv2d(channels, out_channels, kernel_size, stride, kernel_size // 2, options=options)
 
 
+KINDS = ("bottleneck", "basic")
+
+
+def block_shapes(channels: int, out_channels: int, stride: int, kind: str) -> list[tuple[int, int, int, int]]:
+    """Return (channels in, channels out, kernel, stride) of a residual block's convolutions, as in ResNet.
+
+    Raises:
+        ValueError: unknown ``kind``, or ``out_channels`` of a bottleneck that is no multiple of 4.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
+    if kind == "basic":
+        return [(channels, out_channels, 3, stride), (out_channels, out_channels, 3, 1)]
+    if out_channels % 4:
+        raise ValueError(f"out_channels of a bottleneck must be a multiple of 4, got {out_channels}")
+    middle = out_channels // 4
+    return [(channels, middle, 1, 1), (middle, middle, 3, stride), (middle, out_channels, 1, 1)]
+
+
 class BiDRB(nn.Module):
     """A stack of binary units, each with its residual, and a residual around all of them; no ReLU after the sum."""
 
@@ -370,15 +398,12 @@ class BiDRB(nn.Module):
             options: of the units.
 
         Raises:
-            ValueError: unknown ``kind`` or ``block_residual``.
+            ValueError: unknown ``kind`` or ``block_residual``, or ``out_channels`` that the kind cannot have.
         """
         super().__init__()
-        if kind not in ("bottleneck", "basic") or block_residual not in BLOCK_RESIDUALS:
-            raise ValueError(f"unknown kind {kind!r} or block_residual {block_residual!r}")
-        middle = out_channels // 4
-        shapes = [(channels, out_channels, 3, stride), (out_channels, out_channels, 3, 1)]
-        if kind == "bottleneck":
-            shapes = [(channels, middle, 1, 1), (middle, middle, 3, stride), (middle, out_channels, 1, 1)]
+        if block_residual not in BLOCK_RESIDUALS:
+            raise ValueError(f"block_residual must be one of {', '.join(BLOCK_RESIDUALS)}, got {block_residual!r}")
+        shapes = block_shapes(channels, out_channels, stride, kind)
 
         def unit(ins: int, outs: int, size: int, step: int) -> nn.Module:
             if named:

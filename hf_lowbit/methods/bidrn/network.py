@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample, max_pool2d, softmax
 
-from hf_lowbit.methods.bidrn.modules import BiDRB, BinaryConvTranspose2d, UpSample
+from hf_lowbit.methods.bidrn.modules import BiDRB, BinaryConvTranspose2d, UpSample, block_shapes, projection
 from hf_lowbit.methods.bidrn.options import UnitOptions
 
 LAYERS = {18: ("basic", (2, 2, 2, 2)), 50: ("bottleneck", (3, 4, 6, 3))}
@@ -48,18 +48,13 @@ class RealBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, stride: int, kind: str) -> None:
         super().__init__()
-        middle = out_channels // 4
-        shapes = [(channels, out_channels, 3, stride), (out_channels, out_channels, 3, 1)]
-        if kind == "bottleneck":
-            shapes = [(channels, middle, 1, 1), (middle, middle, 3, stride), (middle, out_channels, 1, 1)]
         layers: list[nn.Module] = []
-        for ins, outs, size, step in shapes:
+        for ins, outs, size, step in block_shapes(channels, out_channels, stride, kind):
             layers += [nn.Conv2d(ins, outs, size, step, size // 2, bias=False), nn.BatchNorm2d(outs), nn.ReLU()]
         self.units = nn.Sequential(*layers[:-1])
         self.around: nn.Module = nn.Identity()
         if channels != out_channels or stride != 1:
-            conv = nn.Conv2d(channels, out_channels, 1, stride, bias=False)
-            self.around = nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+            self.around = projection(channels, out_channels, stride, False, None)
         self.activation = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from hf_lowbit.config import LowBitConfig, option, shown
+from hf_lowbit.formats.binary_conv import ACTS, SHIFTS
 
 STES = ("poly", "clip", "tanh")
-SHIFTS = ("none", "bias", "affine")
-ACTS = ("none", "rprelu")
 POSITIONS = ("after_act", "before_act")
 BLOCK_RESIDUALS = ("fp", "binary", "none")
 
@@ -37,6 +36,8 @@ class UnitOptions:
         for name, known in (("ste", STES), ("shift", SHIFTS), ("act", ACTS), ("residual_position", POSITIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if type(self.lcr) is not bool:
+            raise ValueError(f"lcr must be true or false, got {self.lcr!r}")
 
     @property
     def residual(self) -> str:
@@ -68,7 +69,7 @@ class BiDRNConfig(LowBitConfig):
     lcr: bool = option(True, "add the full-precision input of each convolution to its output")
     residual_position: str = option("after_act", "where that is added", choices=POSITIONS)
     block_residual: str = option(
-        "fp", "projections around blocks: left in full precision, or binary", choices=("fp", "binary")
+        "fp", "projections around blocks: left in full precision, or binary", choices=BLOCK_RESIDUALS[:2]
     )
     min_channels: int = option(8, "convolutions that read fewer channels stay as they are", low=1, high=4096)
     side_dtype: str = option("float32", "dtype of stored scales, shifts and slopes", choices=("float32", "float16"))
