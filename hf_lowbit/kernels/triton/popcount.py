@@ -30,11 +30,12 @@ def pack_kernel(
     HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From x (N, channels, pixels) to words (N, pixels, groups, words), int32; bits past the last channel are 0."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1)  # (n · groups + group) · words + word
+    blocks = tl.cdiv(pixels, BLOCK)  # one axis for all: the others of a grid end at 65535
+    place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) // blocks  # (n · groups + group) · words + word
     w = row % words
     g = row // words % groups
-    n = row // words // groups
+    n = (row // words // groups).to(tl.int64)  # places in large batches are beyond 32 bits
     inside = place < pixels
     word = tl.zeros((BLOCK,), tl.int32)
     for bit in tl.static_range(32):
@@ -77,7 +78,7 @@ def conv_kernel(
     o = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
     g = tl.program_id(2)
     area = out_height * out_width
-    n = m // area
+    n = (m // area).to(tl.int64)
     y = m % area // out_width
     z = m % out_width
     count = tl.zeros((PIXELS, OUTS), tl.int32)
@@ -184,7 +185,7 @@ def binary_conv(
     parts = [None if part is None else part.detach().float().contiguous() for part in (shift, affine, act)]
     # without fusing, factor and addend of a shift are rounded one after the other, as torch does
     options: dict[str, Any] = {} if INTERPRETED else {"enable_fp_fusion": False}
-    grid = (triton.cdiv(size[0] * size[1], _PACK), x.shape[0] * geometry.groups * words)
+    grid = (triton.cdiv(size[0] * size[1], _PACK) * x.shape[0] * geometry.groups * words,)
     pack_kernel[grid](**pack_arguments(x.detach().contiguous(), parts[0], packed, geometry), **options)
     hardware = not INTERPRETED and torch.version.hip is None
     places, group_outs = out.shape[0] * height * width, geometry.out_channels // geometry.groups
