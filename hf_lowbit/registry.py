@@ -195,7 +195,7 @@ def get(name: str) -> Method:
         ValueError: no such method; the message lists those there are.
     """
     found = methods()
-    plain = name.replace("-", "_")
+    plain = name.replace("-", "_") if isinstance(name, str) else None
     if plain not in found:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(found)}")
     return found[plain]
@@ -205,9 +205,9 @@ def method_info(name: str) -> Any:
     """Return what a method compresses, where it sits in the field and whom to cite: a record of ``methods.taxonomy``.
 
     Raises:
-        KeyError: the method has no record.
+        KeyError: the method has no record; names that are close are listed.
     """
-    return importlib.import_module("hf_lowbit.methods").METHODS[name]
+    return importlib.import_module("hf_lowbit.methods").get(name)
 
 
 def config_class(name: Any) -> type[LowBitConfig]:

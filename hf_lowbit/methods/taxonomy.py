@@ -263,8 +263,11 @@ def get(slug: str) -> MethodInfo:
 
     Raises:
         KeyError: there is none; names that are close are listed.
+        TypeError: not a string.
     """
     names = {_plain(name): info for info in _METHODS.values() for name in (info.slug, info.title, *info.aliases)}
+    if not isinstance(slug, str):
+        raise TypeError(f"a method's name must be a string, got {type(slug).__name__}")
     found = names.get(_plain(slug))
     if found is None:
         close = difflib.get_close_matches(_plain(slug), names, n=3)
@@ -274,7 +277,7 @@ def get(slug: str) -> MethodInfo:
 
 
 def _refuse_unknown(name: str, value: str | None, known: Iterable[str]) -> None:
-    if value is not None and value not in known:
+    if value is not None and not (isinstance(value, str) and value in known):
         raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
 
 
@@ -300,13 +303,16 @@ def find(
         primary_only: look at the primary place alone.
 
     Raises:
-        ValueError: a value that is in none of the tables.
+        ValueError: a value that is in none of the tables, or bits that are no number.
     """
     _refuse_unknown("category", category, CATEGORIES)
     _refuse_unknown("subcategory", subcategory, SUBCATEGORIES)
     _refuse_unknown("compresses", compresses, COMPRESSES)
     _refuse_unknown("family", family, FAMILIES)
     _refuse_unknown("needs_data", needs_data, NEEDS)
+
+    if max_weight_bits is not None and not (isinstance(max_weight_bits, (int, float)) and max_weight_bits > 0):
+        raise ValueError(f"max_weight_bits must be a number above 0, got {max_weight_bits!r}")
 
     def fits(info: MethodInfo) -> bool:
         places = info.places[: 1 if info.category else 0] if primary_only else info.places
@@ -418,6 +424,6 @@ def as_table(fmt: str = "markdown") -> Any:
         "json": lambda: json.dumps([info.to_json() for info in find()], indent=2, ensure_ascii=False) + "\n",
         "rows": lambda: [_row(info) for info in find()],
     }
-    if fmt not in makers:
+    if not isinstance(fmt, str) or fmt not in makers:
         raise ValueError(f"fmt must be one of {', '.join(makers)}, got {fmt!r}")
     return makers[fmt]()

@@ -179,6 +179,24 @@ def test_command_in_process(capsys, tmp_path):
     assert capsys.readouterr().out == methods.bibtex("arb")
     assert main(["--page", str(tmp_path / "page.md")]) == 0
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == methods.as_table("markdown")
+    nowhere = str(tmp_path / "nowhere" / "page.md")
+    for wrong, message in ((["--page", nowhere], "No such file"), (["--json", "--bibtex", "arb"], "not allowed with")):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert message in capsys.readouterr().err
+
+
+def test_values_of_wrong_types_are_refused():
+    with pytest.raises(TypeError, match="name must be a string, got NoneType"):
+        methods.get(None)
+    with pytest.raises(ValueError, match="unknown method None"):
+        registry.get(None)
+    with pytest.raises(ValueError, match="unknown category"):
+        methods.find(category=["training"])
+    for bits in ("4", float("nan"), 0):
+        with pytest.raises(ValueError, match="max_weight_bits must be a number above 0"):
+            methods.find(max_weight_bits=bits)
+    assert registry.method_info("dvd-quant") is METHODS["dvd_quant"]
 
 
 def test_the_command_line_shows_the_records():
