@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("what", choices=("speed", "digits", "counts"))
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
+    if given.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {given.seeds}")
     result = {"speed": speed, "digits": lambda: learn(given.seeds), "counts": counts}[given.what]()
     write_result(f"binary_conv/{given.what}", result)
 

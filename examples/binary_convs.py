@@ -133,6 +133,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     parser.add_argument("--json", metavar="FILE", help="write the accuracies to a file")
     given = parser.parse_args()
+    if given.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {given.seeds}")
+    if given.json and not Path(given.json).absolute().parent.is_dir():
+        parser.error(f"--json {given.json}: its folder does not exist")
     data, epochs, seeds = digits(), 4 if given.tiny else 12, 1 if given.tiny else given.seeds
     names = ("bnn", "bidrb") if given.tiny else tuple(VARIANTS)
     found: dict[str, list[float]] = {name: [] for name in names}
