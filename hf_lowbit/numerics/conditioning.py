@@ -40,21 +40,18 @@ def compact(sigma: Tensor, strength: float, regularizer: str = "variance", limit
         regularizer: "variance": 𝒢 = ½ Σ (σ - mean σ)², gives ``(σ + t · mean) / (1 + t)``, mean and order kept;
             "top": 𝒢 = ½ σ_1² - ½ Σ σ² / n, gives ``σ_1 / (1 + t (1 - 1/n))`` and ``σ / (1 - t/n)`` for the others,
             the first tied to the second where it would fall below it; "clip": ``max(σ, σ_1 / limit)``.
-        limit: largest κ that "clip" leaves, > 1.
+        limit: largest κ that "clip" leaves, >= 1.
 
     Returns:
         (n,), descending.
 
     Raises:
-        ValueError: unknown regularizer, or a strength that it does not allow.
+        ValueError: unknown regularizer, or a strength or limit that it does not allow.
 
     Source: "variance" from CondiQuant's description, "top" from the regularizer of Nenov, Haider and Balzano 2024.
     """
     count = len(sigma)
-    if regularizer not in REGULARIZERS:
-        raise ValueError(f"regularizer must be one of {', '.join(REGULARIZERS)}, got {regularizer!r}")
-    if not 0 <= strength < math.inf or (regularizer == "top" and strength >= count):
-        raise ValueError(f"strength of {regularizer!r} must be at least 0 (top: below {count}), got {strength}")
+    _check(count, strength, regularizer, limit)
     if regularizer == "variance":
         return (sigma + strength * sigma.mean()) / (1 + strength)
     if regularizer == "clip":
@@ -62,6 +59,16 @@ def compact(sigma: Tensor, strength: float, regularizer: str = "variance", limit
     rest = sigma[1:] / (1 - strength / count)
     first = sigma[:1] / (1 + strength * (1 - 1 / count))
     return torch.cat([torch.maximum(first, rest[:1]) if count > 1 else first, rest])
+
+
+def _check(count: int, strength: float, regularizer: str, limit: float) -> None:
+    """Refuse what :func:`compact` cannot take for so many singular values."""
+    if regularizer not in REGULARIZERS:
+        raise ValueError(f"regularizer must be one of {', '.join(REGULARIZERS)}, got {regularizer!r}")
+    if not 0 <= strength < math.inf or (regularizer == "top" and strength >= count):
+        raise ValueError(f"strength of {regularizer!r} must be at least 0 (top: below {count}), got {strength}")
+    if not limit >= 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
 
 
 def proximal(weight: Tensor, strength: float, regularizer: str = "variance", limit: float = 30.0) -> Tensor:
@@ -95,20 +102,27 @@ def condition(
         weight of one row or column, whose κ is 1.
 
     Raises:
-        ValueError: the moment holds NaN or infinity, or ``dtype`` is neither of the two.
+        ValueError: shapes do not fit, weight or moment hold NaN or infinity, or another argument is out of range.
 
     Source: CondiQuant (arXiv 2502.15478), proximal gradient descent with a fixed number of steps.
     Differs: the step size is 1/L for every layer, the largest that cannot overshoot; the paper's is not public.
     """
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"conditioning is computed in float32 or float64, got {dtype}")
+    if weight.dim() != 2 or moment.shape != (weight.shape[1], weight.shape[1]):
+        raise ValueError(f"a weight {tuple(weight.shape)} does not fit a second moment {tuple(moment.shape)}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     if not bool(torch.isfinite(moment).all()):
         raise ValueError("the second moment holds NaN or infinity")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("the weight holds NaN or infinity")
     original, inputs = weight.detach().to("cpu", dtype), moment.detach().to("cpu", dtype)
     largest = float(torch.linalg.eigvalsh(inputs)[-1])
     idle = strength == 0 and regularizer != "clip"
     if idle or largest <= 0 or min(weight.shape) == 1 or not bool(original.any()):
         return weight.detach().clone()
+    _check(min(weight.shape), strength, regularizer, limit)
     step = inputs / largest
     current = original
     for _ in range(steps):

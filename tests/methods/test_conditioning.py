@@ -167,6 +167,16 @@ def test_what_cannot_be_is_refused():
         compact(torch.ones(2), 0.1, "other")
     with pytest.raises(ValueError, match="at least 0"):
         compact(torch.ones(2), -0.1)
+    weight, moment = torch.randn(2, 3), torch.eye(3)
+    for arguments, message in (
+        ({"moment": torch.eye(2)}, r"a weight \(2, 3\) does not fit a second moment \(2, 2\)"),
+        ({"weight": torch.full((2, 3), math.nan)}, "the weight holds NaN or infinity"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"regularizer": "clip", "limit": 0.5}, "limit must be at least 1, got 0.5"),
+        ({"regularizer": "top", "strength": 2.0}, r"strength of 'top' must be at least 0 \(top: below 2\), got 2.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            condition(**{"weight": weight, "moment": moment, "strength": 0.1, **arguments})
     for strength in (math.inf, math.nan):
         with pytest.raises(ValueError, match="at least 0"):
             compact(torch.ones(2), strength)
