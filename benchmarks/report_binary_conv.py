@@ -16,14 +16,6 @@ PUBLISHED = {
     "bidrn": ("17.22", "2.50"),
     "bidrn, named modules": ("17.22", "2.50"),
 }
-# accuracies of the earlier measurement that the comparison follows, two seeds
-KNOWN = {
-    "float": "98.3 / 98.3",
-    "bnn": "59.5 / 14.6",
-    "lcr": "39.9 / 36.7",
-    "br": "96.0 / 95.6",
-    "bidrb": "96.2 / 97.2",
-}
 
 
 def _read(name: str) -> dict[str, Any] | None:
@@ -75,8 +67,8 @@ def learned() -> str:
     rows = []
     for name, scores in result["accuracy"].items():
         shown = " / ".join(f"{100 * score:.1f}" for score in scores)
-        rows.append([TITLES[name], shown, KNOWN.get(name, "–")])
-    return table(["network", "accuracy, %, one per seed", "known, two seeds"], rows)
+        rows.append([TITLES[name], shown])
+    return table(["network", "accuracy, %, one per seed"], rows)
 
 
 def counts() -> str:
