@@ -129,10 +129,13 @@ def rotate(x: Tensor, order: int, inverse: bool = False) -> Tensor:
         (..., columns), dtype of ``x``.
 
     Raises:
-        ValueError: the order does not divide the columns, or no such matrix is known here.
+        ValueError: ``x`` is not floating or has no columns, the order does not divide them, or no such matrix is
+            known here.
     """
     if not order:
         return x
+    if not x.dim() or not x.is_floating_point():
+        raise ValueError(f"rotated are floating (..., columns), got {x.dtype} {tuple(x.shape)}")
     if x.shape[-1] % order:
         raise ValueError(f"blocks of {order} columns do not divide {x.shape[-1]} columns")
     factors = _factors(order, x.dtype, x.device)

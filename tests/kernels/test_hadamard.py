@@ -79,3 +79,9 @@ def test_matrices_made_without_gradients_serve_later_ones():
     x = torch.randn(1, 44, requires_grad=True)
     rotate(x, 44).square().sum().backward()
     assert torch.allclose(x.grad, 2 * x)
+
+
+@pytest.mark.parametrize("x", [torch.ones(2, 4, dtype=torch.int32), torch.tensor(1.0)], ids=["whole", "scalar"])
+def test_what_has_no_floating_columns_is_refused(x):
+    with pytest.raises(ValueError, match="rotated are floating"):
+        rotate(x, 4)

@@ -476,3 +476,18 @@ def test_it_is_registered_as_free_of_data():
     method = registry.get("dvd_quant")
     assert (method.needs, method.format, method.unit) == ("none", "integer", "linear")
     assert DVDQuantConfig().needs == "none"
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(64), r"weight must be floating \(n, m\), got torch.float32 \(64,\)"),
+        (torch.ones(0, 64), "weight must be floating"),
+        (torch.ones(4, 64, dtype=torch.int32), "weight must be floating"),
+        (torch.full((4, 64), 1e300, dtype=torch.float64), "a scale leaves the range of float32$"),
+    ],
+    ids=["vector", "no rows", "whole numbers", "beyond float32"],
+)
+def test_no_weight_is_refused_with_the_layer_named(weight, message):
+    with pytest.raises(ValueError, match=f"^blocks.0.to_q: {message}"):
+        quantize(weight, DVDQuantConfig(scale_dtype="float32"), "blocks.0.to_q")

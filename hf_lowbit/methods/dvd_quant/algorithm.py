@@ -202,7 +202,8 @@ def fit(rows: Tensor, group_size: int, search: Search, where: str) -> IntegerFit
             found_scale, found_zero, error = grids(lines, search)
             if not bool(torch.isfinite(error).all()):
                 name = str(search.scale_dtype).removeprefix("torch.")
-                raise ValueError(f"{where}: a scale leaves the range of {name}; use scale_dtype='float32'")
+                way_out = "" if name == "float32" else "; use scale_dtype='float32'"
+                raise ValueError(f"{where}: a scale leaves the range of {name}{way_out}")
             codes[some, part] = codes_of(lines, found_scale, found_zero, search.bits).view(shape).to(torch.uint8)
             scale[some, place], zero[some, place] = found_scale.view(shape), found_zero.view(shape)
     return IntegerFit(codes, scale.to(search.scale_dtype), None if search.symmetric else zero.to(torch.uint8))
@@ -282,8 +283,11 @@ def quantize(weight: Tensor, options: DVDQuantConfig, where: str, activations: b
         A validated format.
 
     Raises:
-        ValueError: the weight is not finite, or a step leaves the range of its dtype; the layer is named.
+        ValueError: the weight is no floating matrix or not finite, or a step leaves the range of its dtype; the layer
+            is named.
     """
+    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
+        raise ValueError(f"{where}: weight must be floating (n, m), got {weight.dtype} {tuple(weight.shape)}")
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{where}: weight holds NaN or infinity")
     rows, dtype = weight.detach().float(), SCALE_DTYPES[options.scale_dtype]
