@@ -58,6 +58,7 @@ def hub(monkeypatch, tmp_path):
     import huggingface_hub
     from huggingface_hub import constants, file_download, hf_api
     from huggingface_hub.utils import _http
+    from transformers.utils import hub as transformers_hub
 
     from hf_lowbit.hf import hub_errors
 
@@ -65,6 +66,7 @@ def hub(monkeypatch, tmp_path):
     with Hub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # made once, when the module is imported
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)  # made once, at its first use
         template = "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
