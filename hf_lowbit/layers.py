@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowbit.formats import Format, Spec
-from hf_lowbit.kernels.activation import check_act_bits
+from hf_lowbit.kernels.rounding import check_act_bits
 
 _PREFIX = "weight_"
 # Subclasses of these have a meaning of their own, which replacing them would lose; so types are compared exactly.

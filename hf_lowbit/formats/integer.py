@@ -41,19 +41,13 @@ from torch import Tensor
 
 from hf_lowbit.formats.base import Format, Shapes, Spec, register_format
 from hf_lowbit.formats.bits import scale_problems
-from hf_lowbit.kernels.activation import (
-    MODES,
-    Sizes,
-    check_act_bits,
-    integer_act_linear,
-    range_step,
-    untransform,
-)
 from hf_lowbit.kernels.activation import TABLE as ACTIVATION_KERNELS
+from hf_lowbit.kernels.activation import Sizes, integer_act_linear
 from hf_lowbit.kernels.hadamard import core_of
 from hf_lowbit.kernels.integer import BITS, code_bytes, integer_linear, pack_codes, unpack_codes
 from hf_lowbit.kernels.integer import TABLE as KERNELS
 from hf_lowbit.kernels.ready import integer_ready
+from hf_lowbit.kernels.rounding import MODES, check_act_bits, range_step, untransform
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -70,7 +64,7 @@ class IntegerSpec(Spec):
         rotation: order of the Hadamard blocks along the columns, which it divides; 0 for none.
         rotation_signs: whether columns are multiplied by stored signs before they are rotated.
         smooth: whether inputs are divided by a stored vector first.
-        activation: how inputs are rounded, one of :data:`hf_lowbit.kernels.activation.MODES`.
+        activation: how inputs are rounded, one of :data:`hf_lowbit.kernels.rounding.MODES`.
         act_bits: of an activation's code, 2 to 8, unless a call chooses others.
         act_group_size: columns that share an activation scale, for ``token_group``.
         parts: equal parts of the rows that have one grid each, whose ends are stored; 0 for scales.

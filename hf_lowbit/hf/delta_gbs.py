@@ -32,7 +32,7 @@ from diffusers.hooks.hooks import BaseState, CacheContext, HookRegistry, ModelHo
 from torch import Tensor, nn
 
 from hf_lowbit.config import LowBitConfig
-from hf_lowbit.kernels.activation import check_act_bits
+from hf_lowbit.kernels.rounding import check_act_bits
 from hf_lowbit.layers import PackedLinear, check_model, packed_modules
 from hf_lowbit.methods.dvd_quant import schedule
 from hf_lowbit.recipe import matches, rules_of

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lowbit.kernels.activation import on_range, range_codes, range_step
+from hf_lowbit.kernels.rounding import on_range, range_codes, range_step
 
 SEARCHES = ("dobi", "percentile", "minmax")
 SIDES = ("auto", "one", "two")

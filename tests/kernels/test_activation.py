@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from hf_lowbit import PackedLinear
 from hf_lowbit.formats import IntegerFormat, IntegerSpec
-from hf_lowbit.kernels.activation import SCALE_MODES, integer_form, quantize_activation, transform
+from hf_lowbit.kernels.rounding import SCALE_MODES, integer_form, quantize_activation, transform
 from hf_lowbit.layers import set_act_bits
 from hf_lowbit.numerics.rotation import hadamard, random_signs
 

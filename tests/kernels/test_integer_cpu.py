@@ -9,7 +9,7 @@ import torch
 
 import hf_lowbit.kernels.cpu.activation as cpu_activation
 import hf_lowbit.kernels.cpu.integer as cpu
-from hf_lowbit.kernels import activation, choice, integer
+from hf_lowbit.kernels import activation, choice, integer, rounding
 from hf_lowbit.kernels.activation import Sizes
 
 LIBRARY, ISA = cpu.load()
@@ -300,12 +300,12 @@ def test_rounded_rows_and_their_products(isa, bits):
         dtype = DTYPES[number // 3 % 3]
         x = (torch.randn((1, 3, 9, 33)[number % 4], m) * torch.randn(m).exp()).to(dtype)
         made = cpu_activation.round_rows(x, smooth, signs, sizes)
-        rows = activation.transform(x, smooth, signs, rotation)
-        want = activation.quantize_activation(rows, mode, sizes.act_bits, act_group)
+        rows = rounding.transform(x, smooth, signs, rotation)
+        want = rounding.quantize_activation(rows, mode, sizes.act_bits, act_group)
         steps = (made[0].int() - want.codes.int()).abs()
         assert int(steps.max()) <= 1 and float(steps.float().mean()) < 1e-3, (case[1], sizes)
         torch.testing.assert_close(made[1], want.token, rtol=3e-6, atol=0)
-        grid = activation.ActivationCodes(*made, None, want.group_size).dequantized().double()
+        grid = rounding.ActivationCodes(*made, None, want.group_size).dequantized().double()
         bias = torch.randn(n).to(dtype) if number % 2 else None
         exact = grid @ dense(case).T + (0 if bias is None else bias.double())
         out = cpu_activation.product(*made, act_group, parts, bias, own, torch.float32)
@@ -316,7 +316,7 @@ def test_rounded_rows_and_their_products(isa, bits):
 
 
 @needs_library
-@pytest.mark.parametrize("mode", activation.MODES)
+@pytest.mark.parametrize("mode", rounding.MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_mode_has_a_kernel(mode, dtype):
     """What cannot be multiplied as integers is still multiplied by packed codes."""

@@ -10,18 +10,9 @@ from torch.library import opcheck
 from hf_lowbit import PackedLinear
 from hf_lowbit.formats import IntegerFormat
 from hf_lowbit.formats.integer import IntegerSpec
-from hf_lowbit.kernels.activation import (
-    TABLE,
-    Sizes,
-    integer_act_linear,
-    integer_form,
-    on_range,
-    quantize_range,
-    range_codes,
-    range_step,
-    reference,
-)
+from hf_lowbit.kernels.activation import TABLE, Sizes, integer_act_linear, reference
 from hf_lowbit.kernels.cpu import integer as cpu
+from hf_lowbit.kernels.rounding import integer_form, on_range, quantize_range, range_codes, range_step
 
 BOUNDS = torch.tensor([-1.3, 2.1])
 

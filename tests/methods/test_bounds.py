@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_lowbit.kernels.activation import on_range, range_codes
+from hf_lowbit.kernels.rounding import on_range, range_codes
 from hf_lowbit.numerics.bounds import is_one_sided, learned_grid, sample, search_bounds
 
 DOUBLE = torch.float64

@@ -12,7 +12,7 @@ from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
 import hf_lowbit
 from hf_lowbit import CalibrationError, CondiQuantConfig, PackedLinear, RunOptions, packed_modules, registry
 from hf_lowbit.calibration.stats import LinearStats
-from hf_lowbit.kernels.activation import on_range, range_codes
+from hf_lowbit.kernels.rounding import on_range, range_codes
 from hf_lowbit.methods.condiquant import attention
 from hf_lowbit.methods.condiquant.algorithm import fit, parts_of
 from hf_lowbit.methods.condiquant.distill import Ends, feature_distance

@@ -11,7 +11,7 @@ from torch import nn
 
 import hf_lowbit
 from hf_lowbit import DVDQuantConfig, LowBitConfig, UnsupportedModelError, packed_modules, registry
-from hf_lowbit.kernels.activation import quantize_activation
+from hf_lowbit.kernels.rounding import quantize_activation
 from hf_lowbit.methods.dvd_quant import places
 from hf_lowbit.methods.dvd_quant.algorithm import Search, column_balance, fit, grids, quantize, rotation_of
 from hf_lowbit.numerics.rotation import rotate

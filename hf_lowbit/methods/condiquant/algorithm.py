@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.errors import CalibrationError
-from hf_lowbit.kernels.activation import on_range, range_codes
+from hf_lowbit.kernels.rounding import on_range, range_codes
 from hf_lowbit.methods.condiquant.options import CondiQuantConfig
 from hf_lowbit.numerics.bounds import search_bounds
 from hf_lowbit.numerics.conditioning import condition, condition_number, output_change

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softmax
 
-from hf_lowbit.kernels.activation import quantize_range
+from hf_lowbit.kernels.rounding import quantize_range
 
 PARTS = ("query", "key", "value", "probabilities")
 CHILD = "activation"

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from tqdm.auto import tqdm
 
 from hf_lowbit.formats import IntegerFormat
-from hf_lowbit.kernels.activation import range_codes
+from hf_lowbit.kernels.rounding import range_codes
 from hf_lowbit.layers import PackedLinear
 from hf_lowbit.methods.condiquant.attention import PARTS, AttentionGrids
 from hf_lowbit.methods.condiquant.options import CondiQuantConfig

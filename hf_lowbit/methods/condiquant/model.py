@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.formats import IntegerFormat
-from hf_lowbit.kernels.activation import RANGE_MODES, UNROUNDED
+from hf_lowbit.kernels.rounding import RANGE_MODES, UNROUNDED
 from hf_lowbit.layers import PackedLinear
 from hf_lowbit.methods.condiquant import attention
 from hf_lowbit.methods.condiquant.algorithm import bounds_of

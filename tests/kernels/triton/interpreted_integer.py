@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_lowbit.kernels import activation, integer
+from hf_lowbit.kernels import activation, integer, rounding
 from hf_lowbit.kernels.activation import Sizes
 from hf_lowbit.kernels.triton import integer as on_gpu
 from hf_lowbit.kernels.tuning import Settings
@@ -71,8 +71,8 @@ def test_products_of_codes(bits, group, act_group, rotation, columns, act_bits):
         return
     smooth, signs = (torch.rand(columns) + 0.5).half(), (torch.randint(0, 2, (columns,)) * 2 - 1).to(torch.int8)
     x, bias = torch.randn(5, columns) * torch.randn(columns).exp(), torch.randn(20)
-    want = activation.quantize_activation(
-        activation.transform(x, smooth, signs, rotation), sizes.mode, act_bits, act_group
+    want = rounding.quantize_activation(
+        rounding.transform(x, smooth, signs, rotation), sizes.mode, act_bits, act_group
     )
     codes, scale = on_gpu.in_parts(want.codes, sizes), want.token
     if on_gpu.fuses(sizes):
