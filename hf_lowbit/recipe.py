@@ -4,10 +4,14 @@
 
 Patterns are tried in the order given and the first match wins. Every config can be asked for its ``rules()``, so the
 rest of the package handles a single method as a recipe of one rule.
+
+A run refuses a pattern that matches no layer, or only layers that earlier rules have, unless ``optional`` names it:
+either is a slip that would silently compress something else than was written down.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -34,23 +38,34 @@ def rules_of(config: LowBitConfig) -> Rules:
     return config.rules if isinstance(config, LowBitRecipe) else (("*", config),)
 
 
+def optional_patterns(config: LowBitConfig) -> tuple[str, ...]:
+    """Return the patterns of a config that may match nothing."""
+    return config.optional if isinstance(config, LowBitRecipe) else ()
+
+
 @dataclasses.dataclass(kw_only=True)
 class LowBitRecipe(LowBitConfig):
     """Maps module patterns to method configs; first match wins.
 
     Attributes:
         rules: a mapping, or pairs, of pattern and config. Configs in a recipe have no ``skip`` of their own.
+        optional: patterns of rules or of ``skip`` that may match nothing, so that one recipe serves several models.
     """
 
     method: ClassVar[str] = "recipe"
 
     rules: Any = dataclasses.field(default=(), kw_only=False)
+    optional: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.rules, Mapping):
             self.rules = tuple(self.rules.items())
         elif isinstance(self.rules, list):
             self.rules = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in self.rules)
+        if isinstance(self.optional, (list, str)):
+            self.optional = (self.optional,) if isinstance(self.optional, str) else tuple(self.optional)
+        if isinstance(self.rules, tuple):
+            self.rules = _each_its_own(self.rules)
         super().__post_init__()
 
     @property
@@ -76,11 +91,19 @@ class LowBitRecipe(LowBitConfig):
             if pattern in seen:
                 found.append(f"rule {shown(pattern)} is given twice")
             seen.add(pattern)
+        if not isinstance(self.optional, tuple):
+            found.append(f"optional must be a list of patterns, got {shown(self.optional)}")
+        else:
+            known = seen | set(self.skip if isinstance(self.skip, tuple) else ())
+            strange = [shown(name) for name in self.optional if not isinstance(name, str) or name not in known]
+            found += [f"optional: {', '.join(strange)} is the pattern of no rule and of no skip"] if strange else []
         return found
 
     def _values(self) -> dict[str, Any]:
         values = super()._values()
         values["rules"] = [{"pattern": pattern, "config": config.to_dict()} for pattern, config in self.rules]
+        if self.optional:
+            values["optional"] = list(self.optional)
         return values
 
     @classmethod
@@ -97,3 +120,15 @@ class LowBitRecipe(LowBitConfig):
                 )
         pairs = tuple((rule["pattern"], LowBitConfig.from_dict(rule["config"])) for rule in rules)
         return cls(rules=pairs, **values)
+
+
+def _each_its_own(rules: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return rules of which no two share a config object: a run tells rules apart by it, and plans for each alone."""
+    seen: set[int] = set()
+    found = []
+    for pair in rules:
+        if isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], LowBitConfig):
+            pair = (pair[0], copy.copy(pair[1]) if id(pair[1]) in seen else pair[1])
+            seen.add(id(pair[1]))
+        found.append(pair)
+    return tuple(found)

@@ -15,7 +15,7 @@ from hf_lowbit import registry
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import UnsupportedModelError
 from hf_lowbit.layers import DENSE_TYPES, features
-from hf_lowbit.recipe import matches, rules_of
+from hf_lowbit.recipe import matches, optional_patterns, rules_of
 
 PARTS = {"k_proj": "key", "v_proj": "value"}
 NOT_CACHED = "not a key or value projection"
@@ -45,8 +45,8 @@ def is_for_attention(rule: LowBitConfig) -> bool:
     return registry.get(rule.method).unit == "attention"
 
 
-def rule_for(model: nn.Module, config: LowBitConfig, name: str) -> tuple[LowBitConfig | None, bool]:
-    """Return the first rule that covers a layer, and whether a rule that matches its name passed it over.
+def covering(model: nn.Module, config: LowBitConfig, name: str) -> tuple[str | None, LowBitConfig | None, bool]:
+    """Return the first rule that covers a layer with its pattern, and whether a rule that matches passed it over.
 
     A rule of unit "attention" covers key and value projections alone, so that another rule may have the layers beside
     them.
@@ -55,9 +55,9 @@ def rule_for(model: nn.Module, config: LowBitConfig, name: str) -> tuple[LowBitC
     for pattern, rule in rules_of(config):
         if matches(pattern, name):
             if not is_for_attention(rule) or projection_of(model, name) is not None:
-                return rule, passed
+                return pattern, rule, passed
             passed = True
-    return None, passed
+    return None, None, passed
 
 
 def check_projections(model: nn.Module, config: LowBitConfig, methods: dict[str, LowBitConfig], stacks: int) -> None:
@@ -71,12 +71,15 @@ def check_projections(model: nn.Module, config: LowBitConfig, methods: dict[str,
 
     Raises:
         UnsupportedModelError: no attention is found, or the model is an encoder and a decoder.
-        ValueError: half an attention is left dense, or the method refuses sizes; everything is named.
+        ValueError: keys and values of an attention are not of one rule, or the method refuses sizes; everything is
+            named.
     """
     for pattern, rule in rules_of(config):
         if not is_for_attention(rule):
             continue
         own = [name for name, method in methods.items() if method is rule]
+        if not own and pattern in optional_patterns(config):
+            continue
         if not own:
             raise UnsupportedModelError(
                 f"rule {pattern!r} ({rule.method}): {type(model).__name__} has no attention there with a k_proj, a "
@@ -86,7 +89,7 @@ def check_projections(model: nn.Module, config: LowBitConfig, methods: dict[str,
             raise UnsupportedModelError(
                 f"{type(model).__name__} is an encoder and a decoder; {rule.method} is for decoders alone"
             )
-        problems = _halves(own)
+        problems = _halves(model, config, own, methods)
         check = registry.get(rule.method).check
         found = [projection for name in own if (projection := projection_of(model, name)) is not None]
         problems += check(found, rule) if check is not None else []
@@ -95,13 +98,25 @@ def check_projections(model: nn.Module, config: LowBitConfig, methods: dict[str,
             raise ValueError("; ".join(problems[:10]) + more)
 
 
-def _halves(names: list[str]) -> list[str]:
-    """Return what is wrong where one of an attention's two projections is compressed and the other is not."""
+def _halves(model: nn.Module, config: LowBitConfig, names: list[str], methods: dict[str, LowBitConfig]) -> list[str]:
+    """Return what is wrong where keys and values of one attention are not compressed by the same rule.
+
+    A cache layer keeps latents of both or of none, with ranks under the one budget of their rule.
+    """
     known = set(names)
-    problems = []
+    problems: dict[str, list[str]] = {}  # what is wrong, and with which attention modules
     for name in names:
         owner, _, leaf = name.rpartition(".")
-        twin = next(part for part in PARTS if part != leaf)
-        if f"{owner}.{twin}" not in known:
-            problems.append(f"{owner}.{twin}: stays dense while {leaf} is compressed; skip {owner} as a whole")
-    return problems
+        other = next(part for part in PARTS if part != leaf)
+        twin = f"{owner}.{other}"
+        if twin in methods and twin not in known:
+            mine, its = covering(model, config, name)[0], covering(model, config, twin)[0]
+            problem = (
+                f"{leaf} belongs to rule {mine!r} and {other} to rule {its!r} ({methods[twin].method}); keys and "
+                "values of an attention share a cache, so one rule must have both"
+            )
+            problems.setdefault(problem, []).append(owner)
+        elif twin not in methods:
+            problems[f"stays dense while {leaf} is compressed; skip {owner} as a whole"] = [twin]
+    more = {problem: f" and {len(where) - 1} more" if len(where) > 1 else "" for problem, where in problems.items()}
+    return [f"{where[0]}{more[problem]}: {problem}" for problem, where in problems.items()]

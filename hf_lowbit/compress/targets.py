@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,13 +11,13 @@ from torch import nn
 
 from hf_lowbit import registry
 from hf_lowbit.calibration import capture
-from hf_lowbit.compress.projections import NOT_CACHED, check_projections, rule_for
+from hf_lowbit.compress.projections import NOT_CACHED, check_projections, covering
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import UnsupportedModelError
 from hf_lowbit.experts import expert_names, fused_parameters, is_supported
 from hf_lowbit.image_config import ImageConfig
 from hf_lowbit.layers import DENSE_TYPES, features
-from hf_lowbit.recipe import matches, rules_of
+from hf_lowbit.recipe import matches, optional_patterns, rules_of
 
 OUTPUT_HEAD, TIED, FP32 = "output head", "tied weight", "kept in float32 by the model"
 CONVOLUTION = "convolution"
@@ -87,7 +88,8 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
 
     Raises:
         UnsupportedModelError: nothing is left to compress.
-        ValueError: a skip pattern or a rule matches no module, or a rule is of a method that compresses no weights.
+        ValueError: a skip pattern or a rule matches no module, earlier rules have all that a rule matches, or a rule
+            is of a method that compresses no weights.
     """
     for _, own in rules_of(config):
         if registry.get(own.method).unit == "pipeline":
@@ -102,9 +104,10 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
     unwanted: dict[str, str] = {}
     roots = capture.text_roots(model) if capture.other_towers(model) else [""]
     modules = dict(model.named_modules())
+    first: dict[str, str | None] = {}  # pattern of the rule that covers a layer
     for name, reason in _units(model):
         pattern = next((p for p in config.skip if matches(p, name)), None)
-        rule, passed = rule_for(model, config, name)
+        first[name], rule, passed = covering(model, config, name)
         if name in skips:
             dense[name] = skips[name]
         elif reason == ROUTER:
@@ -128,6 +131,7 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
         else:
             methods[name] = rule
     _refuse_idle_patterns(model, config, [*methods, *dense])
+    _refuse_shadowed_rules(config, first)
     if not methods and NOT_CACHED in dense.values():
         return Targets({}, dense, unwanted)  # check_projections says what is missing
     if not methods:
@@ -175,6 +179,45 @@ def _refuse_idle_patterns(model: nn.Module, config: LowBitConfig, layers: list[s
     names = [*(name for name, _ in model.named_modules() if name), *layers]
     patterns = [("skip", p, names) for p in config.skip]
     patterns += [("rule", p, layers) for p, _ in rules_of(config)] if layers else []
-    idle = [f"{kind} {pattern!r}" for kind, pattern, among in patterns if not any(matches(pattern, n) for n in among)]
+    may_idle = optional_patterns(config)
+    idle = [
+        f"{kind} {pattern!r}{_close_names(pattern, among)}"
+        for kind, pattern, among in patterns
+        if pattern not in may_idle and not any(matches(pattern, n) for n in among)
+    ]
     if idle:
         raise ValueError(f"{', '.join(idle)}: no module of {type(model).__name__} matches")
+
+
+def _close_names(pattern: str, names: list[str]) -> str:
+    """Return " (close: ...)" with parts of names, as long as a misspelt pattern, that it may mean; "" without any."""
+    wanted = [part for part in pattern.split(".") if part != "*"]
+    paths = [name.split(".") for name in names]
+    windows = {".".join(path[i : i + len(wanted)]) for path in paths for i in range(len(path) - len(wanted) + 1)}
+    close = difflib.get_close_matches(".".join(wanted), sorted(windows), n=3, cutoff=0.65)
+    return f" (close: {', '.join(close)})" if close else ""
+
+
+def _refuse_shadowed_rules(config: LowBitConfig, first: dict[str, str | None]) -> None:
+    """A rule that comes too late to get a single layer is a mistake of order: what it says would count for nothing.
+
+    Args:
+        config: a method's config or a recipe.
+        first: for each layer the pattern of the rule that covers it.
+
+    Raises:
+        ValueError: names such rules with those that have their layers.
+    """
+    had = set(first.values())
+    problems = []
+    for pattern, _ in rules_of(config):
+        if pattern in had or pattern in optional_patterns(config):
+            continue
+        takers = dict.fromkeys(other for name, other in first.items() if other and matches(pattern, name))
+        if takers:
+            problems.append(f"rule {pattern!r} comes after {', '.join(map(repr, takers))}")
+    if problems:
+        raise ValueError(
+            f"{'; '.join(problems)}: the first rule that matches a layer has it, and nothing is left; put the rule "
+            "before them, or take it out"
+        )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_lowbit.cache import attach_latent_attention, check_attention, detach_latent_attention
-from hf_lowbit.compress.projections import is_for_attention, projection_of, rule_for
+from hf_lowbit.compress.projections import covering, is_for_attention, projection_of
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import UnsupportedModelError
 from hf_lowbit.fused_qkv import FUSED, split_fused_qkv
@@ -57,7 +57,7 @@ def _covered(config: LowBitConfig, name: str) -> bool:
 
 
 def _latent_rule(model: Any, config: LowBitConfig, name: str) -> bool:
-    rule, _ = rule_for(model, config, name)
+    _, rule, _ = covering(model, config, name)
     return rule is not None and is_for_attention(rule)
 
 
@@ -75,13 +75,14 @@ def detach_cache(model: Any) -> None:
 
 def _cache_options(config: LowBitConfig) -> dict[str, Any] | None:
     """Return how the cache of a config holds latents, None if it holds none."""
-    rules: list[Any] = [rule for _, rule in rules_of(config) if is_for_attention(rule)]
-    found = [(rule.latent_bits, rule.recent_window, rule.sink_tokens) for rule in rules]
-    if len(set(found)) > 1:
+    rules: dict[str, Any] = {pattern: rule for pattern, rule in rules_of(config) if is_for_attention(rule)}
+    found = {pattern: (rule.latent_bits, rule.recent_window, rule.sink_tokens) for pattern, rule in rules.items()}
+    if len(set(found.values())) > 1:
         raise ValueError(
-            "a model has one cache: latent_bits, recent_window and sink_tokens must be alike in all rules of a recipe"
+            f"rules {', '.join(map(repr, found))}: a model has one cache: latent_bits, recent_window and sink_tokens "
+            "must be alike in all rules of a recipe"
         )
     if not found:
         return None
-    bits, window, sinks = found[0]
+    bits, window, sinks = next(iter(found.values()))
     return {"latent_bits": None if bits == 16 else bits, "recent_window": window, "sink_tokens": sinks}

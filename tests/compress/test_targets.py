@@ -97,7 +97,7 @@ def test_first_rule_wins():
         else:
             assert methods[name] is (block if ".0." in name else rest)
 
-    turned = LowBitRecipe({"*": rest, "*.down_proj": down, "layers.0": block})
+    turned = LowBitRecipe({"*": rest, "*.down_proj": down, "layers.0": block}, optional=["*.down_proj", "layers.0"])
     assert set(map(id, select(tiny_model("llama"), turned, None).methods.values())) == {id(rest)}
 
 
@@ -124,7 +124,8 @@ def test_a_rule_does_not_overrule_the_head():
 )
 def test_patterns_without_a_module_are_all_named(config):
     kind = "skip" if config.skip else "rule"
-    with pytest.raises(ValueError, match=rf"^{kind} '\*\.mpl', {kind} 'layer\.0': no module of LlamaForCausalLM"):
+    named = rf"^{kind} '\*\.mpl' \(close: mlp\), {kind} 'layer\.0' \(close: layers\.0, layers\.1\): no module of Ll"
+    with pytest.raises(ValueError, match=named):
         select(tiny_model("llama"), config, None)
 
 
