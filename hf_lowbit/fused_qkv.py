@@ -3,12 +3,13 @@
 Some models (Phi 3) compute queries, keys and values with one linear layer, ``qkv_proj``. Here it becomes three layers,
 ``q_proj``, ``k_proj`` and ``v_proj``, beside each other in the attention module, as other models have them. The
 attention's own forward pass keeps working: ``qkv_proj`` stays callable and joins what the three return. It is no
-module any more, so the state dict names the three.
+module any more, so the state dict names the three. When all three are dense again, :func:`join_fused_qkv` puts the one
+layer back, under whose name other programs look for the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +27,11 @@ class _Joined:
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Return queries, keys and values side by side, as the fused layer does."""
-        return torch.cat([self._attention.get_submodule(part)(hidden_states) for part in PARTS], dim=-1)
+        return torch.cat([part(hidden_states) for part in self.parts()], dim=-1)
+
+    def parts(self) -> list[Any]:
+        """Return the three layers, in the order of the fused one's rows."""
+        return [self._attention.get_submodule(part) for part in PARTS]
 
 
 def split_fused_qkv(model: nn.Module, names: Container[str] | None = None) -> list[str]:
@@ -61,6 +66,47 @@ def split_fused_qkv(model: nn.Module, names: Container[str] | None = None) -> li
     for _, attention, rows in found:
         _split(attention, rows)
     return [name for name, _, _ in found]
+
+
+def parts_of(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, list[tuple[str, slice]]]]:
+    """Yield each parameter of fused projections that were split, with the three it became and their rows in it.
+
+    Args:
+        model: its weights are not looked at, ``meta`` will do; the three layers are still dense.
+        names: of the attention modules, as :func:`split_fused_qkv` returned them.
+    """
+    for name in names:
+        attention = model.get_submodule(name)
+        linears: list[Any] = [attention.get_submodule(part) for part in PARTS]
+        for leaf in ["weight"] if linears[0].bias is None else ["weight", "bias"]:
+            found, start = [], 0
+            for part, linear in zip(PARTS, linears, strict=True):
+                found.append((f"{name}.{part}.{leaf}", slice(start, start + linear.out_features)))
+                start += linear.out_features
+            yield f"{name}.{FUSED}.{leaf}", found
+
+
+def join_fused_qkv(model: nn.Module) -> list[str]:
+    """Undo :func:`split_fused_qkv` where all three layers are plain linear ones; return the attentions' names."""
+    joined = []
+    for name, attention in model.named_modules():
+        standing = vars(attention).get(FUSED)
+        if not isinstance(standing, _Joined) or any(type(part) is not nn.Linear for part in standing.parts()):
+            continue
+        parts = standing.parts()
+        rows = sum(part.out_features for part in parts)
+        fused = nn.Linear(parts[0].in_features, rows, bias=parts[0].bias is not None, device="meta")
+        for leaf in dict(fused.named_parameters()):
+            tensors = [getattr(part, leaf) for part in parts]
+            trained = any(tensor.requires_grad for tensor in tensors)
+            setattr(fused, leaf, nn.Parameter(torch.cat([t.detach() for t in tensors]), requires_grad=trained))
+        fused.train(parts[0].training)
+        for part in PARTS:
+            delattr(attention, part)
+        del attention.__dict__[FUSED]
+        attention.add_module(FUSED, fused)
+        joined.append(name)
+    return joined
 
 
 def _split(attention: nn.Module, rows: list[int]) -> None:

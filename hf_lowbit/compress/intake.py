@@ -106,12 +106,12 @@ class Intake:
         transformers keeps the files mapped until all is loaded, and every page that is read stays resident so long.
         """
         source = self.run.source
-        stored = None if source is None else source.locate(parameter) or (source.locate(key) if key else None)
-        if source is None or stored is None or tensor.device.type != "cpu":
+        own = [name for name in (parameter, key) if name and source is not None and source.locate(name) is not None]
+        if source is None or not own or tensor.device.type != "cpu":
             return tensor
         if self.run.calibrated and self._was_checked(parameter):
             return tensor  # nobody looks at it now
-        return source.read(stored, tensor.dtype)
+        return source.read(own[0], tensor.dtype)
 
     def _was_checked(self, parameter: str) -> bool:
         """Return whether the run has looked at a weight when it was made: it lies in the checkpoint under its name."""
@@ -121,6 +121,15 @@ class Intake:
 
     def _put_off(self, parameter: str, names: list[str], key: str | None) -> None:
         """Leave stubs in the model, and see to it that the weights can be read later."""
+        if not self._was_checked(parameter):  # else it lies under its own name: a whole tensor, or rows of one
+            self._make_readable(parameter, names, key)
+        for name in names:
+            module: Any = self.run.model.get_submodule(name)
+            module.weight = nn.Parameter(module.weight.new_zeros(1), requires_grad=False)
+            module.weight._is_hf_initialized = True
+
+    def _make_readable(self, parameter: str, names: list[str], key: str | None) -> None:
+        """Say where in the checkpoint the weights of layers lie, or write them to a file."""
         source = self.run.source
         if source is None:
             source = self.run.source = CheckpointSource([])
@@ -137,10 +146,6 @@ class Intake:
         elif not finished:
             weights = {f"{name}.weight": self._weight(name) for name in names}
             source.add(self._write({name: weight.cpu().contiguous() for name, weight in weights.items()}))
-        for name in names:
-            module: Any = self.run.model.get_submodule(name)
-            module.weight = nn.Parameter(module.weight.new_zeros(1), requires_grad=False)
-            module.weight._is_hf_initialized = True
 
     def _weight(self, name: str) -> Tensor:
         weight: Any = self.run.model.get_submodule(name).weight

@@ -50,13 +50,13 @@ class CheckpointSource:
             self._place_of[name] = file, header.key
         self.files.append(file)
 
-    def alias(self, name: str, key: str, index: int | None = None, transposed: bool = False) -> None:
+    def alias(self, name: str, key: str, index: int | slice | None = None, transposed: bool = False) -> None:
         """Say where a parameter of the model is stored, if not under its own name.
 
         Args:
             name: of the parameter.
             key: of the tensor in the checkpoint.
-            index: which part of a fused tensor it is.
+            index: which part of a fused tensor it is, or which of its rows.
             transposed: whether it is stored the other way round.
         """
         self._alias[name] = _Place(key, index, transposed)
@@ -95,5 +95,5 @@ class _Place:
     """Where a parameter lies: key of the tensor, part of a fused one, whether the other way round."""
 
     key: str
-    index: int | None = None
+    index: int | slice | None = None
     transposed: bool = False

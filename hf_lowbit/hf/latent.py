@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
 from hf_lowbit.cache import attach_latent_attention, check_attention, detach_latent_attention
+from hf_lowbit.compress import CheckpointSource
 from hf_lowbit.compress.projections import covering, is_for_attention, projection_of
 from hf_lowbit.config import LowBitConfig
-from hf_lowbit.errors import UnsupportedModelError
-from hf_lowbit.fused_qkv import FUSED, split_fused_qkv
+from hf_lowbit.errors import CheckpointError
+from hf_lowbit.fused_qkv import FUSED, join_fused_qkv, parts_of, split_fused_qkv
 from hf_lowbit.hf.packed import name_in
 from hf_lowbit.recipe import matches, rules_of
 
 
-def prepare_cache(model: Any, config: LowBitConfig) -> None:
+def prepare_cache(model: Any, config: LowBitConfig) -> list[str]:
     """Look at a dense model that a config makes latents for, and take its fused projections apart.
 
     Args:
         model: dense, in memory or on ``meta``; changed where one layer computes queries, keys and values.
         config: a method's config or a recipe.
 
+    Returns:
+        The names of the attention modules whose projections were taken apart.
+
     Raises:
-        UnsupportedModelError: attention modules that would be compressed are not of a known structure, all are named;
-            or their projections are fused in a model on ``meta``.
+        UnsupportedModelError: attention modules that would be compressed are not of a known structure; all are named.
         ValueError: rules of a recipe differ in how the cache, of which there is one, holds latents.
     """
     if _cache_options(config) is None:
-        return
+        return []
     fused = [name for name, module in model.named_modules() if FUSED in module._modules and _covered(config, name)]
-    if fused and any(parameter.device.type == "meta" for parameter in model.parameters()):
-        raise UnsupportedModelError(
-            f"{fused[0]}: computes queries, keys and values in one layer, which can be taken apart in memory only; "
-            "load the dense model and call hf_lowbit.quantize(model, config)"
-        )
-    split_fused_qkv(model, fused)
+    split = split_fused_qkv(model, fused)
     owners = {
         name.rpartition(".")[0]
         for name, _ in model.named_modules()
@@ -42,6 +43,74 @@ def prepare_cache(model: Any, config: LowBitConfig) -> None:
     }
     if owners:  # a run without any refuses by itself, and says what it looked for
         check_attention(model, owners)
+    return split
+
+
+class FusedOnTheWay:
+    """Fused projections of a dense checkpoint, on their way into a model on ``meta`` where they were taken apart.
+
+    transformers is told to cut each of their tensors when it comes; a run that reads weights by itself, in which rows
+    of which tensor it finds them.
+    """
+
+    def __init__(self, model: Any, names: list[str], source: CheckpointSource | None) -> None:
+        """Tell the run's source.
+
+        Args:
+            model: on ``meta``, see :func:`prepare_cache`.
+            names: of the attention modules whose projections were taken apart.
+            source: of the dense weights; None if they are not in safetensors files.
+        """
+        self._base = f"{getattr(model, 'base_model_prefix', '')}."
+        self._parts = list(parts_of(model, names))
+        for fused, parts in self._parts:
+            if source is not None and (key := source.locate(fused)) is not None:
+                for parameter, rows in parts:
+                    source.alias(parameter, key, rows)
+
+    def conversions(self) -> list[WeightConverter]:
+        """Return what cuts the tensors when they are loaded; names of a checkpoint may lack the model's prefix."""
+        return [
+            WeightConverter(
+                rf"(?<!\w){re.escape(fused.removeprefix(self._base))}",
+                [parameter.removeprefix(self._base) for parameter, _ in parts],
+                operations=[_Cut([rows for _, rows in parts])],
+            )
+            for fused, parts in self._parts
+        ]
+
+    def __contains__(self, parameter: str) -> bool:
+        """Return whether transformers asks for this parameter when it means one of the three: it is the first."""
+        return any(parameter == parts[0][0] for _, parts in self._parts)
+
+
+class _Cut(ConversionOps):
+    """Cuts a tensor into rows, each piece with memory of its own."""
+
+    def __init__(self, rows: list[slice]) -> None:
+        self._rows = rows
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the pieces by the patterns of what they become."""
+        (found,) = input_dict.values()
+        tensor = found[0] if isinstance(found, list) else found
+        if len(tensor) != self._rows[-1].stop:
+            expected = self._rows[-1].stop
+            raise CheckpointError(f"{kwargs['full_layer_name']}: {len(tensor)} rows are stored, not {expected}")
+        return {target: tensor[rows].clone() for target, rows in zip(target_patterns, self._rows, strict=True)}
+
+
+def forget_cuts(model: Any) -> None:
+    """Take the cuts out of the conversions that transformers keeps to undo them in a save: a save writes the parts."""
+    kept = getattr(model, "_weight_conversions", None)
+    if kept is not None:
+        model._weight_conversions = [
+            conversion
+            for conversion in kept
+            if not any(isinstance(operation, _Cut) for operation in getattr(conversion, "operations", ()))
+        ]
 
 
 def split_listed(model: Any, table: Mapping[str, Any]) -> None:
@@ -69,8 +138,9 @@ def attach_cache(model: Any, config: LowBitConfig) -> None:
 
 
 def detach_cache(model: Any) -> None:
-    """Let attention modules work on keys and values again, which are dense now."""
+    """Let attention modules work on keys and values again, which are dense now; fused ones are put together."""
     detach_latent_attention(model)
+    join_fused_qkv(model)
 
 
 def _cache_options(config: LowBitConfig) -> dict[str, Any] | None:

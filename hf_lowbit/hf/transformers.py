@@ -33,7 +33,14 @@ from hf_lowbit.hf.convs import (
     start_training,
     warn_untrained,
 )
-from hf_lowbit.hf.latent import attach_cache, detach_cache, prepare_cache, split_listed
+from hf_lowbit.hf.latent import (
+    FusedOnTheWay,
+    attach_cache,
+    detach_cache,
+    forget_cuts,
+    prepare_cache,
+    split_listed,
+)
 from hf_lowbit.hf.packed import (
     build_skeleton,
     check_stored_config,
@@ -87,6 +94,7 @@ class LowBitHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.report: RunReport | None = None
         self._intake: Intake | None = None
+        self._fused: FusedOnTheWay | None = None
         self._files: list[str] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -130,18 +138,26 @@ class LowBitHfQuantizer(HfQuantizer):
         if is_for_convs(config):
             return model  # binarized when its weights are there
         source = dense_source(checkpoint_files, getattr(model, "base_model_prefix", ""))
-        prepare_cache(model, config)
+        self._fused = FusedOnTheWay(model, prepare_cache(model, config), source)
         with torch.device("cpu"):  # transformers builds the model under "meta", which calibration data must not follow
             self._intake = Intake(Run(model, config, source, _tokenizer_for(config, model)))
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Return whether a dense tensor goes to the compression run."""
-        return self._intake is not None and self._intake.wants(param_name)
+        """Return whether a dense tensor goes to the compression run, or parts of it may."""
+        return self._wanted(param_name) or (self._fused is not None and param_name in self._fused)
+
+    def _wanted(self, parameter: str) -> bool:
+        return self._intake is not None and self._intake.wants(parameter)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Return the conversions of weights while they are loaded: fused projections may have to be cut."""
+        found = super().update_weight_conversions(weight_conversions, model)
+        return found if self._fused is None else [*found, *self._fused.conversions()]
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Return the bytes that an element will take; a dense weight that is compressed takes those of the packed."""
-        return _PACKED_BYTES if self.param_needs_quantization(model, param_name) else param.element_size()
+        return _PACKED_BYTES if self._wanted(param_name) else param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the op for dense tensors that are compressed."""
@@ -162,8 +178,9 @@ class LowBitHfQuantizer(HfQuantizer):
             return model
         if self._intake is None:
             raise RuntimeError("the model was not prepared for compression")
-        intake, self._intake = self._intake, None
+        intake, self._intake, self._fused = self._intake, None, None
         intake.close()
+        forget_cuts(model)
         self.quantization_config = model.config.quantization_config = intake.run.complete()
         self.report = intake.run.report
         self.pre_quantized = True

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
 
 import hf_lowbit
@@ -39,6 +40,8 @@ FAMILIES = {
     "qwen3": (11, 11),
     "mistral": (7, 7),
     "gemma3": (7, 11),
+    "phi3": (7, 7),
+    "phi3-partial": (7, 7),
     "opt": (11, 11),
 }
 
@@ -59,6 +62,11 @@ def compress(dense, config):
     return AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
 
 
+def headers(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}
+
+
 def saved(model, folder):
     save_model(model, folder)
     return (folder / "model.safetensors").read_bytes(), (folder / "config.json").read_bytes()
@@ -66,7 +74,7 @@ def saved(model, folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compress_save_load_generate(family, tmp_path):
-    tiny_model(family).save_pretrained(tmp_path / "dense")
+    dense_model(family).save_pretrained(tmp_path / "dense")
     model = compress(tmp_path / "dense", small())
     ranks = model.config.quantization_config.layers
     widths = [layer.out_features for layer in packed_modules(model).values()]
@@ -90,9 +98,12 @@ def test_compress_save_load_generate(family, tmp_path):
     assert not any(isinstance(module, LatentAttention) for module in restored.modules())
     assert torch.allclose(logits(restored), logits(model), atol=1e-4)
     restored.generate(prompt, max_new_tokens=2, do_sample=False)
+    restored.save_pretrained(tmp_path / "restored")  # as the model was, for programs that know nothing of latents
+    assert headers(tmp_path / "restored") == headers(tmp_path / "dense")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "restored")), logits(restored))
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "phi3", "phi3-partial"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_at_full_rank_logits_are_those_of_the_dense_model(family, tmp_path):
     model = dense_model(family)
     want, wanted_tokens = logits(model), model.generate(tokens(1, 6), max_new_tokens=8, do_sample=False)
@@ -104,14 +115,89 @@ def test_at_full_rank_logits_are_those_of_the_dense_model(family, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_fused_projections_are_compressed_in_memory_only(tmp_path):
-    dense_model("phi3").save_pretrained(tmp_path / "dense")
-    with pytest.raises(UnsupportedModelError, match=r"queries, keys and values in one layer.*hf_lowbit\.quantize"):
-        compress(tmp_path / "dense", small())
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    hf_lowbit.quantize(model, small())
-    save_model(model, tmp_path / "packed")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")), logits(model))
+class TestFusedProjections:
+    """Phi 3 computes queries, keys and values in one layer, which is cut while the checkpoint is read."""
+
+    def recipe(self):
+        data = {"calibration": tokens(8), "samples": 8}
+        return LowBitRecipe({"*.self_attn": small(), "*.q_proj": quick(**data)}, run=QUIET)
+
+    @pytest.fixture(scope="class")
+    def phi3(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("phi3") / "dense"
+        model = dense_model("phi3")
+        model.save_pretrained(folder)
+        return folder
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            small(),
+            small(ocmf="sequential"),
+            small(skip=("layers.0.self_attn",)),
+            ReCalKVConfig(calibration=None, rank_multiple=4, run=QUIET),
+            "recipe",
+        ],
+        ids=["default", "sequential", "one skipped", "without data", "recipe"],
+    )
+    def test_streamed_and_in_memory_give_the_same_bytes(self, phi3, tmp_path, config):
+        config = self.recipe() if config == "recipe" else config
+        memory = AutoModelForCausalLM.from_pretrained(phi3)
+        hf_lowbit.quantize(memory, config)
+        model = compress(phi3, config)
+        assert saved(memory, tmp_path / "memory") == saved(model, tmp_path / "streamed")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed")
+        assert torch.equal(logits(loaded), logits(model))
+        assert not verify(tmp_path / "streamed").problems
+
+    def test_what_stays_dense_has_memory_of_its_own(self, phi3):
+        query = compress(phi3, small()).model.layers[0].self_attn.q_proj.weight
+        assert query.untyped_storage().nbytes() == query.numel() * 4
+
+    def test_weights_of_files_that_are_not_safetensors(self, phi3, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(phi3)
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        (tmp_path / "config.json").write_text((phi3 / "config.json").read_text())
+        found = compress(tmp_path, small())
+        assert torch.equal(logits(found), logits(compress(phi3, small())))
+
+    def test_a_killed_run_goes_on_with_the_same_bytes(self, phi3, tmp_path, monkeypatch):
+        def run(**more):
+            return small(run=dataclasses.replace(QUIET, journal=tmp_path / "journal", **more))
+
+        original, calls = Run.compress_layers, []
+
+        def fail(self, names, stats):
+            calls.append(names)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return original(self, names, stats)
+
+        monkeypatch.setattr(Run, "compress_layers", fail)
+        with pytest.raises(KeyboardInterrupt):
+            compress(phi3, run())
+        monkeypatch.undo()
+        expected = saved(compress(phi3, small()), tmp_path / "expected")
+        assert saved(compress(phi3, run(resume=True)), tmp_path / "resumed")[0] == expected[0]
+
+    def test_bad_weights_are_named_before_the_work(self, phi3, tmp_path, monkeypatch):
+        monkeypatch.setattr(Run, "block_by_block", lambda *_: pytest.fail("began"))
+        model = AutoModelForCausalLM.from_pretrained(phi3)
+        model.model.layers[1].self_attn.qkv_proj.weight.data[100, 0] = float("nan")
+        model.save_pretrained(tmp_path / "nan")
+        with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.v_proj"):
+            compress(tmp_path / "nan", small())
+
+    def test_a_base_model_is_compressed_and_loaded(self, phi3, tmp_path):
+        """Names in the checkpoint have a prefix that names in the model lack."""
+        model = compress(phi3, small(weighting="none"))
+        save_model(model, tmp_path / "packed")
+        with torch.no_grad():
+            expected = model.model(tokens()).last_hidden_state
+            base = AutoModel.from_pretrained(phi3, quantization_config=small(weighting="none"))
+            assert torch.equal(base(tokens()).last_hidden_state, expected)
+            base = AutoModel.from_pretrained(tmp_path / "packed")
+            assert torch.equal(base(tokens()).last_hidden_state, expected)
 
 
 def test_a_recipe_mixes_cache_and_weights(dense, tmp_path):
