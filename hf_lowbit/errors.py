@@ -19,5 +19,9 @@ class UnsupportedModelError(HfLowbitError, ValueError):
     """The structure of a model does not allow what was asked; the message names the modules."""
 
 
+class TeamError(HfLowbitError, RuntimeError):
+    """Another process of a run has failed or is gone; the message says what it said, or how to go on."""
+
+
 class HubError(HfLowbitError):
     """The Hub refused, cannot be reached or holds other bytes; the message names the repository and the way out."""

@@ -24,6 +24,7 @@ class LinearStats:
         sequences: number of sequences seen.
         low: least input seen, where a sample is kept.
         high: largest input seen, where a sample is kept.
+        kept: the sample, (rows, in_features) of each batch.
     """
 
     def __init__(self, name: str, in_features: int, device: torch.device | str = "cpu", keep: int = 0) -> None:
@@ -31,7 +32,7 @@ class LinearStats:
         self.name = name
         self.keep = keep
         self.low, self.high = float("inf"), float("-inf")
-        self._kept: list[Tensor] = []
+        self.kept: list[Tensor] = []
         self.total = torch.zeros((in_features, in_features), dtype=torch.float64, device=device)
         self.tokens = 0
         self.sequences = 0
@@ -54,16 +55,23 @@ class LinearStats:
             raise CalibrationError(f"{self.name}: inputs hold NaN or infinity in calibration sample {sample}")
         if self.keep and len(rows):
             chosen = torch.linspace(0, len(rows) - 1, min(self.keep, len(rows)), dtype=torch.float64).long()
-            self._kept.append(rows[chosen.to(rows.device)].cpu())
+            self.kept.append(rows[chosen.to(rows.device)].cpu())
             self.low, self.high = min(self.low, float(rows.min())), max(self.high, float(rows.max()))
         self.total += rows.T @ rows
         self.tokens += rows.shape[0]
         self.sequences += sequences
 
+    def copied(self, name: str) -> LinearStats:
+        """Return a copy of its own for another layer."""
+        found = LinearStats(name, len(self.total), self.total.device, self.keep)
+        found.low, found.high, found.kept = self.low, self.high, list(self.kept)
+        found.total, found.tokens, found.sequences = self.total.clone(), self.tokens, self.sequences
+        return found
+
     @property
     def sample(self) -> Tensor | None:
         """Rows kept of the inputs, (rows, in_features), float32; None if none were."""
-        return torch.cat(self._kept) if self._kept else None
+        return torch.cat(self.kept) if self.kept else None
 
     def second_moment(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return ``H = (2 / sequences) Σ x xᵀ``, (in_features, in_features), by default in float32.

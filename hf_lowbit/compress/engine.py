@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Generator, Mapping
@@ -36,7 +37,7 @@ from hf_lowbit.compress.projections import is_for_attention, projection_of
 from hf_lowbit.compress.runtime import attach_runtime
 from hf_lowbit.compress.source import CheckpointSource
 from hf_lowbit.compress.targets import plan_run
-from hf_lowbit.compress.team import Team
+from hf_lowbit.compress.team import Result, Team
 from hf_lowbit.config import CalibratedConfig, CalibrationRecord, LowBitConfig
 from hf_lowbit.errors import CalibrationError, CheckpointError, UnsupportedModelError
 from hf_lowbit.experts import fused_name, fused_parameters, put_together, take_apart
@@ -96,6 +97,7 @@ class Run:
             self._draw(calibrated, tokenizer)
         self.changed: dict[str, Any] | None = None  # see compress_layers
         self.gradients: dict[str, Tensor] = {}  # of the loss with respect to outputs, see LowBitConfig.streams
+        self.owner: dict[str, int] = {}  # rank of the process that packs a layer
         self.rows: dict[str, dict[str, Any]] = {}
         self.table: dict[str, dict[str, Any]] = {}
         self.journal = self._open_journal()
@@ -160,11 +162,7 @@ class Run:
         embeddings = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         tokens, self.record = calibration_tokens(calibrated, self.options.tokenizer or tokenizer, embeddings)
         batches = tokens.split(self.options.batch_size)
-        if len(batches) < self.team.size:
-            raise ValueError(
-                f"{len(batches)} calibration batches cannot be shared by {self.team.size} processes; "
-                "lower run.batch_size"
-            )
+        self.team.refuse_few(len(batches))
         self.batches = self.team.share(batches)
 
     def _open_journal(self) -> Journal | None:
@@ -187,8 +185,12 @@ class Run:
 
     @property
     def at_once(self) -> int:
-        """How many layers are worked on at a time, by all processes together."""
-        return self.team.smallest(torch.get_num_threads()) * self.team.size
+        """How many layers are worked on at a time, by all processes together.
+
+        Of several processes, each gets about two, so that one large layer is not waited for.
+        """
+        layers = self.team.smallest(torch.get_num_threads()) * self.team.size
+        return layers if self.team.size == 1 else 2 * layers
 
     def materialize(self, names: list[str]) -> list[str]:
         """Read the dense weights of deferred layers, which hold a stub of one element; return which they were."""
@@ -245,9 +247,26 @@ class Run:
             self._record(packed)
 
     def _record(self, layers: dict[str, Format]) -> None:
-        """Put packed layers into the journal."""
-        if layers and self.journal is not None and self.team.leads:
-            self.journal.append(layers, [self.rows[name] for name in layers], self._table_of(list(layers)))
+        """Put packed layers into the journal: each process writes a file of those that it packed."""
+        if self.journal is None:
+            return
+        shares = [[name for name in layers if self.owner[name] == rank] for rank in range(self.team.size)]
+        shares = [share for share in shares if share]
+        own = next((i for i, share in enumerate(shares) if self.owner[share[0]] == self.team.rank), None)
+        digest, failure = None, None
+        try:
+            if own is not None:
+                digest = self.journal.store({name: layers[name] for name in shares[own]}, own)
+        except Exception as error:  # a full disk, say
+            failure = error
+        digests = filter(None, self.team.gather(digest, failure))
+        self.journal.append(
+            [
+                {"sha256": digest, "rows": [self.rows[name] for name in share], "modules": self._table_of(share)}
+                for share, digest in zip(shares, digests, strict=True)
+            ],
+            write=self.team.leads,
+        )
 
     def _replace(self, names: list[str], stats: Mapping[str, LinearStats | PairedStats]) -> dict[str, Format]:
         """Replace layers by their packed form, which is returned.
@@ -259,22 +278,27 @@ class Run:
             return {}
         threads = torch.get_num_threads()
         weight: Any = self.model.get_submodule(names[0]).weight
-        own: dict[str, tuple[Format, dict[str, Any]]] = {}
+        sizes = {name: math.prod(features(self.model.get_submodule(name))) for name in names}
+        self.owner |= self.team.owners(sizes)
+        mine = [name for name in names if self.owner[name] == self.team.rank]
+        own: dict[str, Result] = {}
         failure: Exception | None = None
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(max_workers=threads if weight.device.type == "cpu" else 1) as pool:
-                futures = {name: pool.submit(self._pack, name, stats.get(name)) for name in self.team.share(names)}
+                futures = {name: pool.submit(self._pack, name, stats.get(name)) for name in mine}
                 own = {name: future.result() for name, future in futures.items()}
         except Exception as error:  # the other processes must hear of it before it is raised
             failure = error
         finally:
             torch.set_num_threads(threads)
         packed = self.team.exchange(names, own, failure)
-        for name, (layer, row) in packed.items():
+        for name, (layer, row, changed) in packed.items():
             self._place(name, layer, row)
+            if self.changed is not None and changed is not None:
+                self.changed[name] = changed
         give_back_memory()
-        return {name: layer for name, (layer, _) in packed.items()}
+        return {name: layer for name, (layer, _, _) in packed.items()}
 
     def _table_of(self, names: list[str]) -> dict[str, dict[str, Any]]:
         return {name: self.table[name] for name in names}
@@ -293,8 +317,8 @@ class Run:
             self._place(name, packed, self.journal.rows[name])
         return True
 
-    def _pack(self, name: str, stats: LinearStats | PairedStats | None) -> tuple[Format, dict[str, Any]]:
-        """Compute the packed form of one layer and its row for the report."""
+    def _pack(self, name: str, stats: LinearStats | PairedStats | None) -> Result:
+        """Compute the packed form of one layer, its row for the report, and the changed weight if that is kept."""
         began = time.perf_counter()
         options = self.targets.methods[name]
         with torch.no_grad():
@@ -305,10 +329,8 @@ class Run:
             unit = registry.LinearUnit(name=name, weight=weight, projection=projection)
             packed = registry.get(options.method).compress(unit, stats, options)
             packed.validate(name)
-            if self.changed is not None and unit.changed is not None:
-                self.changed[name] = unit.changed
             errors = relative_errors(unit.weight, packed.unpack(), stats)
-        return packed, {
+        row = {
             "module": name,
             "method": options.method,
             "format": packed.name,
@@ -321,6 +343,7 @@ class Run:
             "resident_bytes": psutil.Process().memory_info().rss,
             "trace": unit.trace,
         }
+        return packed, row, None if self.changed is None else unit.changed
 
     def _place(self, name: str, packed: Format, row: dict[str, Any]) -> None:
         """Put a packed layer into the model, freeing the dense one, and write its row."""

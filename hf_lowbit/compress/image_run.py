@@ -3,7 +3,8 @@
 Models that make images larger have some million parameters at most, in structures as different as their papers, so
 nothing is gained by going block by block: the dense model runs once over the patches while the inputs of all layers
 are gathered, all layers are packed, and the method finishes the model as a whole. It works on every model with linear
-layers that takes a batch of images as its first argument.
+layers that takes a batch of images as its first argument. Several processes share patches and layers; what finishes
+the model as a whole each does alone, with the same result.
 """
 
 from __future__ import annotations
@@ -35,24 +36,22 @@ logger = logging.getLogger(__name__)
 
 
 def draw_patches(run: Run, config: ImageConfig) -> tuple[list[Tensor], CalibrationRecord]:
-    """Return calibration patches in batches, with the record to save.
+    """Return calibration patches in batches, with the record to save; the same in all processes.
 
     Raises:
-        ValueError: the run has several processes.
+        ValueError: there are fewer batches than processes.
         UnsupportedModelError: the model does not take RGB images.
         CalibrationError: there are no images.
     """
-    if run.team.size > 1:
-        raise ValueError(
-            "a run that is calibrated on images is short and takes one process; start it without torchrun"
-        )
     channels = getattr(getattr(run.model, "config", None), "num_channels", 3)
     if channels != 3:
         raise UnsupportedModelError(
             f"{type(run.model).__name__} takes images of {channels} channels; RGB is supported"
         )
     patches, record = calibration_patches(config, scale_of(run.model), multiple_of(run.model))
-    return list(patches.split(run.options.batch_size)), record
+    batches = list(patches.split(run.options.batch_size))
+    run.team.refuse_few(len(batches))
+    return batches, record
 
 
 def run_on_images(run: Run) -> None:
@@ -116,11 +115,14 @@ def _gathered(run: Run, names: list[str], rows: int) -> dict[str, LinearStats]:
     """
     layers = {name: run.model.get_submodule(name) for name in names}
     keep = -(-rows // len(run.batches))
-    calls = [capture.BlockCall((), {})] * len(run.batches)
+    own = run.team.share(run.batches)
+    calls = [capture.BlockCall((), {})] * len(own)
     # Swin models flatten windows into the leading dimension
-    with capture.collect_stats(layers, [len(batch) for batch in run.batches], keep) as stats:
-        capture.run_until(run.model, run.batches, calls, None)
-    return dict(stats)
+    with capture.collect_stats(layers, [len(batch) for batch in own], keep) as stats:
+        capture.run_until(run.model, own, calls, None)
+    found = {name: stats[name] for name in names if name in stats}
+    run.team.add_up(found)
+    return found
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:

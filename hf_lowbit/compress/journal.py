@@ -1,10 +1,10 @@
 """The journal of a compression run: what is done so far, so that a run that was killed can go on.
 
-A folder beside the target holds one safetensors file for every finished group of layers (a block, or a few layers of
-a run without data) and ``journal.jsonl``: a first line with hashes of everything that decides the result, then a line
-per file. A file is renamed into place before its line is written and a torn last line is ignored, so that whatever
-moment a run is killed at, the journal names complete files only. Going on gives the same packed bytes as a run that
-was never interrupted.
+A folder beside the target holds a safetensors file for every finished group of layers (a block, or a few layers of a
+run without data; of several processes each writes a file of the layers that it packed) and ``journal.jsonl``: a first
+line with hashes of everything that decides the result, then a line per file. A file is renamed into place before its
+line is written and a torn last line is ignored, so that whatever moment a run is killed at, the journal names complete
+files only. Going on gives the same packed bytes as a run that was never interrupted.
 
 What is read back is checked like any file of a stranger. The hashes lie in the same folder, so they find damage; they
 do not make the journal of somebody else trustworthy.
@@ -17,7 +17,7 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class Journal:
         if "plan" in entry:
             self.plans[_text(entry["stack"])] = _checked_plan(entry["plan"])
             return
-        path = self.folder / f"{self._entries:05d}.safetensors"
+        path = self._file(self._entries)
         if entry["file"] != path.name or not path.is_file() or file_hash(path) != entry["sha256"]:
             raise CheckpointError(
                 f"{self.folder.name}/{path.name}: missing or damaged; remove the folder and start again"
@@ -146,23 +146,37 @@ class Journal:
             raise CheckpointError(f"{self.folder.name}/{self._file_of[name].name}: {error}") from error
         return packed
 
-    def append(
-        self, layers: dict[str, Format], rows: list[dict[str, Any]], modules: dict[str, dict[str, Any]]
-    ) -> None:
-        """Record finished layers.
+    def store(self, layers: dict[str, Format], number: int) -> str:
+        """Write the file of some finished layers; it counts when :meth:`append` has recorded it.
 
         Args:
             layers: packed weights by name.
-            rows: their report rows.
-            modules: their rows of the module table.
+            number: of the file among those that are recorded next, from 0.
+
+        Returns:
+            Hash of the file.
         """
-        path = self.folder / f"{self._entries:05d}.safetensors"
+        path = self._file(self._entries + number)
         partial = path.with_suffix(".partial")
         save_file(tensors_of(layers), partial)
         os.replace(partial, path)
-        entry = {"file": path.name, "sha256": file_hash(path), "rows": rows, "modules": modules}
-        _write(self.folder / LINES, json.dumps(entry) + "\n", "a")
-        self._entries += 1
+        return file_hash(path)
+
+    def append(self, files: Sequence[Mapping[str, Any]], write: bool = True) -> None:
+        """Record files of finished layers, all at once.
+
+        Args:
+            files: for each, in order, "sha256" as :meth:`store` returned it, the report rows of its layers ("rows")
+                and their rows of the module table by name ("modules").
+            write: whether the lines are written, by one process of several; the others only count.
+        """
+        entries = [{"file": self._file(self._entries + i).name, **file} for i, file in enumerate(files)]
+        if write:
+            _write(self.folder / LINES, "".join(json.dumps(entry) + "\n" for entry in entries), "a")
+        self._entries += len(entries)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.safetensors"
 
     def append_plan(self, stack: str, plan: dict[str, dict[str, int | float]]) -> None:
         """Record what was decided for a stack of blocks.

@@ -111,7 +111,7 @@ class StackMeasures:
                 with capture.collect_stats(own, sizes) as stats:
                     outputs = capture.run_block(block, hidden, [call[i] for call in calls])
                     hidden = [capture.hidden_of(output) for output in outputs]
-                self._run.team.add_up(stats.values())
+                self._run.team.add_up(stats)
                 for name, module in own.items():
                     yield name, dense_weight(module), stats[name]
 

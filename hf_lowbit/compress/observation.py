@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from hf_lowbit.calibration import capture
@@ -56,7 +57,7 @@ def of_dense_block(
     with capture.collect_stats(layers, sizes) as stats, capture.collect_inputs(kept) as inputs:
         outputs = capture.run_block(block, states["dense"], calls)
         states["dense"] = [capture.hidden_of(output) for output in outputs]
-    run.team.add_up(stats.values())
+    run.team.add_up(stats)
     return Reference(stats, inputs)
 
 
@@ -105,12 +106,16 @@ def of_block(
     ):
         if layers:
             capture.run_until(block, hidden, calls, last)
+
+    def nothing(name: str) -> Tensor:
+        return torch.zeros((features(layers[name])[1],) * 2, dtype=torch.float64)
+
     # a layer that no token reached gets empty statistics, which raise, naming it, when a method asks for them
     found: dict[str, LinearStats] = {
         name: stats.get(name) or of_experts.get(name) or LinearStats(name, features(layer)[1])
         for name, layer in layers.items()
     }
-    run.team.add_up(found.values())
+    run.team.add_up(found)
     idle = [name for name in experts if not found[name].tokens]
     if idle:
         logger.warning(
@@ -122,8 +127,9 @@ def of_block(
     for name in names:
         known = name in reference.stats or name in reference.inputs or name in averaged
         if known or is_for_attention(run.targets.methods[name]):
-            product = run.team.total(cross[name]) if name in cross else None
-            means = run.team.total(stacked[name]) if name in stacked else None
+            # what no token reached in this process may have been reached in another
+            product = run.team.total(cross.get(name, nothing(name))) if name in crossed else None
+            means = run.team.total(stacked.get(name, nothing(name))) if name in averaged else None
             ready[name] = PairedStats(reference.stats.get(name), found.get(name), product, means)
     return ready
 
