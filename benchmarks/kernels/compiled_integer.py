@@ -29,9 +29,9 @@ BYTES = {"sm_80": "IMMA", "sm_89": "IMMA", "sm_90": "IGMMA", "sm_100": "UTCIMMA"
 BATCHES = {"decode": 1, "skinny": 64, "chunk": 256}
 # Bytes of stack that the assembler for sm_90 and newer gives a kernel, of which no instruction reads or writes any.
 _FRAME = 8
-# bits -> columns of a group; a product of bytes is as long as a tile of 32 units
+# Bits and columns of a group; a product of bytes is as long as a tile of 32 units, or as a group of 32 columns.
 FLOATS = {2: 64, 3: 128, 4: 64, 8: 0}
-CODES = {2: 128, 4: 64, 8: 0}
+CODES = {"2": (2, 128), "4": (4, 64), "4/32": (4, 32), "8": (8, 0)}
 
 
 def weight_of(bits: int, group: int) -> tuple[Any, ...]:
@@ -77,29 +77,30 @@ def figures_of(compiled: Compiled, columns: int) -> dict[str, Any]:
     return row | {name: round(row[name] * 128 / columns, 2) for name in ("per_weight", "alu_per_weight")}
 
 
-def _sizes(bits: int) -> Sizes:
-    return Sizes(SIDE, bits, CODES[bits], 128, "token_group", 4, max(64, CODES[bits]))
+def _sizes(kind: str) -> Sizes:
+    bits, group = CODES[kind]
+    return Sizes(SIDE, bits, group, 128, "token_group", 4, max(64, group))
 
 
-def compile_codes(bits: int, batch: int, target: Target) -> dict[str, Any]:
+def compile_codes(kind: str, batch: int, target: Target) -> dict[str, Any]:
     """Compile the product with codes as it would be launched; figures."""
-    sizes = _sizes(bits)
-    steps = integer.stretches(sizes)[1]
+    sizes = _sizes(kind)
+    bits, group, steps = sizes.bits, sizes.group_size, integer.stretches(sizes)[1]
     settings, splits = _cut(target, 8, batch, steps)
     codes = torch.empty((batch, integer.tile_width(sizes)), dtype=torch.int8, device="meta")
     scale = torch.empty((batch, SIDE // sizes.act_group_size), device="meta")
     dtype = torch.float32 if splits > 1 else torch.bfloat16
     out = torch.empty((splits, batch, SIDE), dtype=dtype, device="meta")
     arguments = integer.codes_arguments(
-        codes, scale, weight_of(bits, CODES[bits]), None, out, -(-steps // splits), sizes, settings, torch.bfloat16
+        codes, scale, weight_of(bits, group), None, out, -(-steps // splits), sizes, settings, torch.bfloat16
     )
     made = _compile(integer.codes_kernel, arguments, target, settings)
-    return figures_of(made, integer.UNITS * integer.UNIT[bits][0])
+    return figures_of(made, integer.UNITS * integer.per_unit(sizes))
 
 
-def compile_rounding(bits: int, batch: int, target: Target) -> dict[str, Any]:
+def compile_rounding(kind: str, batch: int, target: Target) -> dict[str, Any]:
     """Compile the kernel that divides, rotates and rounds; figures, which have no weights to count by."""
-    sizes = _sizes(bits)
+    sizes = _sizes(kind)
     x = torch.empty((batch, SIDE), dtype=torch.bfloat16, device="meta")
     codes = torch.empty((batch, integer.tile_width(sizes)), dtype=torch.int8, device="meta")
     scale, divisor = torch.empty((batch, SIDE // sizes.act_group_size), device="meta"), x.new_empty(SIDE).float()
@@ -115,9 +116,9 @@ def cases(name: str) -> dict[str, tuple[Any, str | None]]:
     for use, batch in BATCHES.items():
         for bits in FLOATS:
             found[f"integer-{bits} {use}"] = (lambda b=bits, m=batch: compile_floats(b, m, target), None)
-        for bits in CODES:
-            found[f"codes-{bits} {use}"] = (lambda b=bits, m=batch: compile_codes(b, m, target), BYTES[name])
-    found["rounding chunk"] = (lambda: compile_rounding(4, 256, target), "")
+        for kind in CODES:
+            found[f"codes-{kind} {use}"] = (lambda k=kind, m=batch: compile_codes(k, m, target), BYTES[name])
+    found["rounding chunk"] = (lambda: compile_rounding("4", 256, target), "")
     return found
 
 

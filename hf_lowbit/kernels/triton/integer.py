@@ -212,7 +212,14 @@ def _weight_arguments(parts: Parts, sizes: tuple[int, ...], units: int) -> dict[
 # Rounded activations ---------------------------------------------------------------------------------------------
 
 ROUNDING_WARPS = 8  # with four the product with the Hadamard matrix spills
-UNITS = 32  # of a tile of codes: a product of bytes is so long at least
+UNITS = 32  # columns of a product of bytes, at least, and units of a tile that is made of parts
+
+
+def per_unit(sizes: Any) -> int:
+    """Return how many columns apart the codes of a part of a tile lie: 1 where groups are shorter than a tile."""
+    tile = UNITS * UNIT[sizes.bits][0]
+    groups = (size for size in (sizes.group_size, sizes.act_group_size) if 0 < size < sizes.in_features)
+    return 1 if any(size % tile for size in groups) else UNIT[sizes.bits][0]
 
 
 def unsupported_codes(parts: Parts, sizes: Any) -> str | None:
@@ -229,10 +236,9 @@ def unsupported_codes(parts: Parts, sizes: Any) -> str | None:
         return "codes of 8 bits with zero points do not fit into signed bytes"
     if sizes.in_features >= 2**16:
         return f"{sizes.in_features} columns: sums of products may leave 32 bits"
-    tile = UNITS * UNIT[sizes.bits][0]
     for name, size in (("", sizes.group_size), ("activations in ", sizes.act_group_size)):
-        if 0 < size < sizes.in_features and size % tile:
-            return f"{name}groups of {size} columns, not a multiple of {tile}"
+        if 0 < size < sizes.in_features and size % UNITS:
+            return f"{name}groups of {size} columns, not a multiple of {UNITS}"
     own, other = sizes.group_size or sizes.in_features, sizes.act_group_size or sizes.in_features
     small, large = min(own, other), max(own, other)
     if small < sizes.in_features and large < sizes.in_features and large % small:
@@ -250,13 +256,13 @@ def fuses(sizes: Any) -> bool:
 
 def tile_width(sizes: Any) -> int:
     """Return the columns of codes of a token, filled up to whole tiles and blocks."""
-    block = block_of(sizes) if fuses(sizes) else UNITS * UNIT[sizes.bits][0]
+    block = block_of(sizes) if fuses(sizes) else UNITS * per_unit(sizes)
     return -(-sizes.in_features // block) * block
 
 
 def block_of(sizes: Any) -> int:
     """Return the columns that a program of the fused kernel rounds."""
-    return max(sizes.rotation or 1, sizes.act_group_size, UNITS * UNIT[sizes.bits][0])
+    return max(sizes.rotation or 1, sizes.act_group_size, UNITS * per_unit(sizes))
 
 
 def round_rows(x: Tensor, smooth: Tensor | None, signs: Tensor | None, sizes: Any) -> tuple[Tensor, Tensor]:
@@ -269,7 +275,7 @@ def round_rows(x: Tensor, smooth: Tensor | None, signs: Tensor | None, sizes: An
         sizes: :class:`hf_lowbit.kernels.activation.Sizes`.
 
     Returns:
-        Codes (tokens, width), int8, in the order of parts, and scales (tokens, groups), float32.
+        Codes (tokens, width), int8, in the order that the product reads, and scales (tokens, groups), float32.
     """
     tokens = x.shape[0]
     codes = x.new_empty((tokens, tile_width(sizes)), dtype=torch.int8)
@@ -308,7 +314,7 @@ def round_arguments(
         "most": float(2 ** (sizes.act_bits - 1) - 1),
         "ORDER": order,
         "GROUP": sizes.act_group_size,
-        "V": UNIT[sizes.bits][0],
+        "V": per_unit(sizes),
         "UNITS": UNITS,
         # ±1 is exact in few digits, so three products of a value's pieces are as good as float32
         "PRECISION": "tf32x3" if nvidia and not INTERPRETED else "ieee",
@@ -318,10 +324,9 @@ def round_arguments(
 
 
 def in_parts(codes: Tensor, sizes: Any) -> Tensor:
-    """Bring codes (tokens, columns) into the order of parts, (tokens, width)."""
-    per_unit, width = UNIT[sizes.bits][0], tile_width(sizes)
-    filled = torch.nn.functional.pad(codes, (0, width - codes.shape[1]))
-    return filled.unflatten(1, (-1, UNITS, per_unit)).transpose(2, 3).flatten(1).contiguous()
+    """Bring codes (tokens, columns) into the order that the product reads, (tokens, width)."""
+    filled = torch.nn.functional.pad(codes, (0, tile_width(sizes) - codes.shape[1]))
+    return filled.unflatten(1, (-1, UNITS, per_unit(sizes))).transpose(2, 3).flatten(1).contiguous()
 
 
 def product(
@@ -337,7 +342,7 @@ def product(
     """Multiply codes by codes.
 
     Args:
-        codes: (tokens, width), int8, in the order of parts.
+        codes: (tokens, width), int8, in the order of :func:`in_parts`.
         act_scale: (tokens, groups), float32.
         parts: packed, scale and zero_point of the weight.
         bias: (out_features,) or None.
@@ -364,7 +369,7 @@ def product(
 
 def stretches(sizes: Any) -> tuple[int, int]:
     """Return the tiles of a stretch of columns that has one scale on both sides, and how many stretches there are."""
-    tile = UNITS * UNIT[sizes.bits][0]
+    tile = UNITS * per_unit(sizes)
     columns = min(sizes.group_size or sizes.in_features, sizes.act_group_size or sizes.in_features, sizes.in_features)
     columns = -(-columns // tile) * tile
     return columns // tile, -(-sizes.in_features // columns)
@@ -395,6 +400,7 @@ def codes_arguments(
         "act_group_size": sizes.act_group_size if act_scale.shape[1] > 1 else sizes.in_features,
         "per_split": per_split,
         "stretches": count,
+        "ORDERED": per_unit(sizes) != UNIT[sizes.bits][0],
         "TILES": tiles,
         "DT": TYPES[compute],
         "BLOCK_N": settings.block_n,

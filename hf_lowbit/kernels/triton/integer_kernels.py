@@ -3,7 +3,9 @@
 Codes are taken apart where they are loaded. A *unit* is the fewest bytes that hold whole codes: one byte with
 ``V = 8 / bits`` codes, or three bytes with 8 codes of 3 bits. Part k of some units are their k-th codes, so it takes
 one shift by a constant and one mask, and its columns lie V apart: that is how ``x`` is read, too. Codes of
-activations are written by :func:`round_kernel` in this order, tile by tile, and read as they lie.
+activations are written by :func:`round_kernel` in this order, tile by tile, and read as they lie. A product of bytes
+takes 32 of them at least, so a part is 32 units long, and a tile of 4 bits 64 columns: of groups of 32 it would hold
+two. For those a tile is 32 columns in their own order; parts of 32 / V units are woven into it.
 
 The weights are the left operand, ``y.T = W @ x.T``, because that one may stay in registers. Scales of a tile's group
 are multiplied after the product: whole numbers up to 255 are exact in every compute type. Where a tile has several
@@ -28,6 +30,20 @@ def _codes(ptr, start, unit, row_bytes, row_ok, part: tl.constexpr, BITS: tl.con
     if shift + BITS > 8:
         found |= tl.load(ptr + start + at + 1, mask=row_ok & (at + 1 < row_bytes), other=0).to(tl.int32) << (8 - shift)
     return found & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _woven(
+    ptr, start, unit, row_bytes, row_ok,
+    part: tl.constexpr, step: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Codes ``part``, ``part + step``, ... of units, those of a unit next to each other; (BLOCK_N, ...) int8."""
+    if step == V:
+        return _codes(ptr, start, unit, row_bytes, row_ok, part, BITS, UNIT).to(tl.int8)
+    else:
+        even = _woven(ptr, start, unit, row_bytes, row_ok, part, 2 * step, BITS, UNIT, V)
+        odd = _woven(ptr, start, unit, row_bytes, row_ok, part + step, 2 * step, BITS, UNIT, V)
+        return tl.interleave(even, odd)
 
 
 @triton.jit
@@ -100,7 +116,7 @@ def integer_kernel(
 
 @triton.jit(do_not_specialize=["M", "per_split", "stretches"])
 def codes_kernel(
-    x_ptr,  # (M, width) int8: codes in the order of parts, zeros behind the last column
+    x_ptr,  # (M, width) int8: codes in the order of parts or columns, zeros behind the last column
     act_ptr,  # (M, act_groups) float32: scales
     packed_ptr,  # (N, row_bytes) uint8
     scale_ptr,  # (N, groups)
@@ -110,6 +126,7 @@ def codes_kernel(
     M, N, width, row_bytes, zero_bytes, groups, group_size, act_groups, act_group_size, per_split, stretches,
     BITS: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
     UNITS: tl.constexpr,  # of a tile
+    ORDERED: tl.constexpr,  # codes of activations lie in the order of columns, and a tile has UNITS columns
     TILES: tl.constexpr,  # of a stretch: columns that have one scale on both sides
     DT: tl.constexpr,  # of the bias
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -125,18 +142,26 @@ def codes_kernel(
     lane = tl.arange(0, UNITS)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for s in range(split * per_split, tl.minimum((split + 1) * per_split, stretches)):
-        first = s * TILES * UNITS * V  # column
+        first = s * TILES * UNITS * (1 if ORDERED else V)  # column
         group = first // group_size
         zero = _zeros(zero_ptr, rows, group, zero_bytes, row_ok, BITS)
         part = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
         for i in range(TILES):
-            start = first + i * UNITS * V
-            unit = start // V + tl.arange(0, UNITS)
-            for k in tl.static_range(V):
-                code = _codes(packed_ptr, rows * row_bytes, unit[None, :], row_bytes, row_ok, k, BITS, UNIT)
-                at = start + k * UNITS + lane
+            if ORDERED:
+                start = first + i * UNITS
+                unit = (start // V + tl.arange(0, UNITS // V))[None, :]
+                code = _woven(packed_ptr, rows * row_bytes, unit, row_bytes, row_ok, 0, 1, BITS, UNIT, V)
+                at = start + lane
                 x = tl.load(x_row + at, mask=token_ok & (at < width), other=0)
                 part = tl.dot((code - zero).to(tl.int8), x, part)
+            else:
+                start = first + i * UNITS * V
+                unit = (start // V + tl.arange(0, UNITS))[None, :]
+                for k in tl.static_range(V):
+                    code = _codes(packed_ptr, rows * row_bytes, unit, row_bytes, row_ok, k, BITS, UNIT)
+                    at = start + k * UNITS + lane
+                    x = tl.load(x_row + at, mask=token_ok & (at < width), other=0)
+                    part = tl.dot((code - zero).to(tl.int8), x, part)
         scale = tl.load(scale_ptr + rows * groups + group, mask=row_ok, other=0.0).to(tl.float32)
         own = tl.load(act_ptr + tokens.to(tl.int64) * act_groups + first // act_group_size, mask=token_ok, other=0.0)
         acc += part.to(tl.float32) * (scale * own)
@@ -157,7 +182,7 @@ def round_kernel(
     x_ptr,  # (M, K) of any float type, row stride x_stride
     divisor_ptr,  # (K,) float32, or None
     matrix_ptr,  # (ORDER, ORDER) float32 of ±1, or None
-    codes_ptr,  # (M, width) int8, in the order of parts
+    codes_ptr,  # (M, width) int8, in the order of parts, which for V = 1 is that of columns
     act_ptr,  # (M, act_groups) float32
     M, K, x_stride, width, act_groups, norm, most,
     ORDER: tl.constexpr,  # of the Hadamard blocks

@@ -56,6 +56,8 @@ def test_dtypes_of_scales_and_shapes_of_inputs(dtype):
 ROUNDED = [
     (4, 64, 64, 128, 300), (4, 128, 64, 0, 320), (4, 0, 64, 64, 192), (4, 64, 128, 32, 256), (4, 64, 0, 12, 300),
     (8, 32, 64, 16, 160), (8, 0, 0, 0, 100), (2, 128, 128, 256, 512), (3, 256, 256, 128, 512), (3, 0, 16, 16, 272),
+    (4, 32, 64, 128, 256), (4, 64, 32, 32, 80), (4, 96, 96, 0, 130), (4, 32, 0, 12, 72), (2, 32, 64, 64, 128),
+    (3, 32, 32, 16, 64), (2, 0, 32, 0, 50),
 ]  # fmt: skip
 
 
@@ -100,7 +102,7 @@ def test_what_it_cannot_is_said():
     assert "float64" in on_gpu.unsupported(torch.float64, parts, sizes)
     assert "expected torch.uint8 (8, 64)" in on_gpu.unsupported(torch.float32, (parts[0][:, 1:], *parts[1:]), sizes)
     grouped = Sizes(*sizes, 0, "token_group", 8, 48)
-    assert on_gpu.unsupported_codes(parts, grouped) == "activations in groups of 48 columns, not a multiple of 64"
+    assert on_gpu.unsupported_codes(parts, grouped) == "activations in groups of 48 columns, not a multiple of 32"
     eight, own = weight(8, 128, 8, 64, False)
     assert "do not fit into signed bytes" in on_gpu.unsupported_codes(eight, Sizes(*own, 0, "token", 8))
 
@@ -108,8 +110,8 @@ def test_what_it_cannot_is_said():
 def test_the_way_of_the_op(monkeypatch):
     """As for tensors on a GPU, odd rotations through torch and others in one pass."""
     monkeypatch.setattr(activation, "triton_kernels", lambda device: (on_gpu, None))
-    parts, own = weight(20, 192, 4, 64, False)
-    for rotation in (0, 12, 64):
+    for rotation, group in ((0, 64), (12, 64), (64, 64), (64, 32), (12, 32)):
+        parts, own = weight(20, 192, 4, group, False)
         sizes = Sizes(*own, rotation, "token_group", 8, 64)
         x, tensors = torch.randn(2, 3, 192), (*parts, torch.randn(20), None, None, None)
         assert activation._triton_why_not(torch.float32, "cuda", parts, sizes) is None

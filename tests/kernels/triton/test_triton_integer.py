@@ -22,7 +22,7 @@ def check(name: str, use: str) -> None:
     assert row["registers"] > 0
 
 
-@pytest.mark.parametrize("use", ["integer-4 decode", "codes-4 decode", "rounding chunk"])
+@pytest.mark.parametrize("use", ["integer-4 decode", "codes-4 decode", "codes-4/32 decode", "rounding chunk"])
 def test_compiled_kernel(use):
     check("sm_90", use)
 
