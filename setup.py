@@ -21,7 +21,19 @@ LIBRARIES = {
         ("popcount", "popcount_avx512", "popcount_avx2", "popcount_portable"),
         ("half.h", "popcount.h", "popcount_finish.h", "popcount_rows.h"),
     ),
-    "_latent": (("latent", "latent_tiles", "latent_dots"), ("avx512.h", "half.h", "latent.h", "latent_core.h")),
+    "_latent": (
+        ("latent", "latent_tiles", "latent_dots"),
+        (
+            "avx512.h",
+            "half.h",
+            "latent.h",
+            "latent_core.h",
+            "latent_plan.h",
+            "latent_rows.h",
+            "latent_scores.h",
+            "latent_sums.h",
+        ),
+    ),
     "_low_rank": (("low_rank", "low_rank_avx2", "low_rank_avx512"), ("half.h", "low_rank.h", "low_rank_tile.h")),
 }
 
