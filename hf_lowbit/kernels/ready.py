@@ -2,8 +2,11 @@
 
 In most blocks q, k and v read the same activations, and so do gate and up. Which layers do is not told by names: it is
 noticed while the model runs, when calls that follow each other are given the very same tensor. From the second time on
-the first of them computes for all, and the others find their results. Nothing is shared across threads, and what is
-computed in vain, because a model takes another way, ends the sharing.
+the first of them computes for all, and the others find their results. What is often computed in vain, because a model
+takes another way, ends the sharing; a request that is broken off now and then does not.
+
+Threads may use one model at the same time. Which layers belong together is known to all of them; inputs and results
+are each thread's own. Another thread may make or end a group at any moment, so what a call needs of it is read once.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from hf_lowbit.kernels.cpu.binary import Parts, Sizes
 from hf_lowbit.kernels.cpu.calls import Call, Together
 from hf_lowbit.kernels.ops import unobserved
 
-_MOST_IN_VAIN = 2  # times that a group's results were not asked for, before it is given up
+# Results that are left unasked for weigh so much against the sharing, those that were all used speak so much for it.
+_IN_VAIN, _USED, _MOST_IN_VAIN = 8, 1, 16
+_MOST_MEMBERS = 4096  # of calls in a row with one tensor that are remembered; blocks of many experts have some hundred
 
 
 class Ready:
@@ -39,8 +44,9 @@ class Ready:
         """
         if dispatch.forced_name() is not None or not unobserved(x, self._bias):
             return None
-        if self.group is not None:
-            out = self.group.take(self, x)
+        group = self.group
+        if group is not None:
+            out = group.take(self, x)
             if out is not None:
                 return out
         out = self.call(x)
@@ -78,7 +84,6 @@ class Group:
         self._members = members
         self._together = Together([member.call for member in members])
         self._local = threading.local()
-        self._in_vain = 0
         for member in members:
             member.group = self
 
@@ -86,26 +91,33 @@ class Group:
         """Return a member's result, computing those of all for an input that is new; None: compute it alone."""
         if x.is_inference():  # whether it was written to in between cannot be seen
             return None
-        results: _Results | None = getattr(self._local, "results", None)
+        local = self._local
+        results: _Results | None = getattr(local, "results", None)
         if results is not None and results.x is x and results.version == x._version:
             return results.outs.pop(member, None)
-        if results is not None and results.outs:
-            self._in_vain += 1
-            if self._in_vain > _MOST_IN_VAIN:
+        if results is not None:
+            in_vain = getattr(local, "in_vain", 0)
+            local.in_vain = in_vain + _IN_VAIN if results.outs else max(in_vain - _USED, 0)
+            if local.in_vain > _MOST_IN_VAIN:
                 self._dissolve()
                 return None
         outs = self._together(x)
         if outs is None:
             return None
-        self._local.results = _Results(x, x._version, dict(zip(self._members, outs, strict=True)))
-        return self._local.results.outs.pop(member)
+        found = dict(zip(self._members, outs, strict=True))
+        own = found.pop(member)
+        local.results = _Results(x, x._version, found)
+        return own
 
     def _dissolve(self) -> None:
-        self._local = threading.local()
-        for member in self._members:
-            member.group, member.alone = None, True
+        with _GROUPING:
+            self._local = threading.local()
+            for member in self._members:
+                if member.group is self:
+                    member.group, member.alone = None, True
 
 
+_GROUPING = threading.Lock()  # held while a layer comes into a group or leaves it: a layer is in one group at most
 _LAST = threading.local()  # input of the last call, and the members that were given it; neither is kept alive
 
 
@@ -113,9 +125,12 @@ def _notice(member: Ready, x: Tensor) -> None:
     """Remember a call; when a new input comes, those that were given the last one become a group."""
     seen: list[weakref.ref[Ready]] = getattr(_LAST, "members", [])
     if seen and _LAST.x() is x:
-        seen.append(weakref.ref(member))
+        if len(seen) < _MOST_MEMBERS:
+            seen.append(weakref.ref(member))
         return
-    found = [each for each in (ref() for ref in seen) if each is not None and each.group is None]
-    if len(found) > 1 and len(set(found)) == len(found) and len({type(each.call.job) for each in found}) == 1:
-        Group(found)
+    found = [each for each in (ref() for ref in seen) if each is not None]
+    with _GROUPING:
+        free = [each for each in found if each.group is None and not each.alone]
+        if len(free) > 1 and len(set(free)) == len(free) and len({type(each.call.job) for each in free}) == 1:
+            Group(free)
     _LAST.x, _LAST.members = weakref.ref(x), [weakref.ref(member)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 import weakref
 from typing import Any
 
@@ -167,17 +168,25 @@ def _runs(
 
 # Prepared weights by the tensor of their signs, as long as that lives: its id, checked against a weak reference.
 _PREPARED: dict[int, tuple[Any, list[int], Prepared]] = {}
+_MAKING = threading.Lock()  # threads that first use a weight at the same time shall not each hold a copy of it
 
 
 def prepared(parts: Parts, in_features: int, block_size: int, keep_n: int, keep_m: int) -> Prepared:
     """Return the prepared form of a weight, made at the first call and again whenever its tensors change."""
     stamp = _stamp([part for part in parts if part is not None])
     key = id(parts[0])
-    found = _PREPARED.get(key)
-    if found is not None and found[0]() is parts[0] and found[1] == stamp:
-        return found[2]
-    made = Prepared(parts, in_features, block_size, keep_n, keep_m)
-    _PREPARED[key] = (weakref.ref(parts[0], lambda _: _PREPARED.pop(key, None)), stamp, made)
+
+    def known() -> Prepared | None:
+        found = _PREPARED.get(key)
+        return found[2] if found is not None and found[0]() is parts[0] and found[1] == stamp else None
+
+    made = known()
+    if made is None:
+        with _MAKING:
+            made = known()
+            if made is None:
+                made = Prepared(parts, in_features, block_size, keep_n, keep_m)
+                _PREPARED[key] = (weakref.ref(parts[0], lambda _: _PREPARED.pop(key, None)), stamp, made)
     return made
 
 

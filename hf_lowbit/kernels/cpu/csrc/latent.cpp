@@ -72,11 +72,12 @@ void hflb_latent_encode(
 
 int hflb_latent_abi(void) { return HFLB_LATENT_ABI; }
 
-// How this processor multiplies bfloat16, and whether the system lets us.
-int hflb_latent_isa(void) {
-    static int found = -1;
-    if (found >= 0) return found;
-    found = HFLB_NO_TILES;
+}  // extern "C"
+
+namespace {
+
+int looked_up_isa() {
+    int found = HFLB_NO_TILES;
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
     const int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -90,6 +91,17 @@ int hflb_latent_isa(void) {
     if (found == HFLB_DOTS && tiles && syscall(SYS_arch_prctl, 0x1023, 18) == 0) found = HFLB_TILES;
 #endif
 #endif
+    return found;
+}
+
+}  // namespace
+
+extern "C" {
+
+// How this processor multiplies bfloat16, and whether the system lets us. Threads may ask at the same time: none of
+// them sees an answer before it is whole.
+int hflb_latent_isa(void) {
+    static const int found = looked_up_isa();
     return found;
 }
 
