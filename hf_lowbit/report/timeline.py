@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -92,9 +93,13 @@ class CacheReport:
         return asked / run if run else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON types."""
+        """Return everything as JSON types; JSON has no infinity and no NaN, so such changes are None."""
         content = dataclasses.asdict(self)
         content["calls"] = dict(self.calls)
+        content["rows"] = [
+            {name: None if type(value) is float and not math.isfinite(value) else value for name, value in row.items()}
+            for row in self.rows
+        ]
         more = ("steps", "computed", "skipped", "bits", "speed_up")
         return {**content, **{name: getattr(self, name) for name in more}}
 

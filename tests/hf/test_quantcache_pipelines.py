@@ -3,6 +3,7 @@
 import ast
 import json
 import logging
+import math
 from pathlib import Path
 
 import diffusers
@@ -17,6 +18,7 @@ from hf_lowbit import QuantCacheConfig, UnsupportedModelError, apply_quantcache,
 from hf_lowbit.hf.quantcache import cache_report
 from hf_lowbit.hf.quantcache_blocks import _MORE_BLOCKS
 from hf_lowbit.methods.quantcache.algorithm import cache_bytes
+from hf_lowbit.report.timeline import CacheReport
 from tests import video_pipelines
 from tests.video_pipelines import ARCHITECTURES, STEPS, latents
 
@@ -516,6 +518,13 @@ def test_report(plain, tmp_path):
     plain[0].transformer.enable_cache(config())
     with pytest.raises(ValueError, match="there is no trajectory to draw yet"):
         plain[0].transformer.cache_report().save_plot(tmp_path / "none.png")
+
+
+def test_report_is_json_whatever_was_measured():
+    rows = [{"step": i, "change": change, "divergence": change} for i, change in enumerate((0.5, math.inf, math.nan))]
+    content = json.loads(json.dumps(CacheReport("stack", 2, rows).to_dict(), allow_nan=False))
+    assert [row["change"] for row in content["rows"]] == [0.5, None, None]
+    assert rows[1]["change"] == math.inf
 
 
 def test_log_is_silent_when_all_is_well(plain, caplog):
