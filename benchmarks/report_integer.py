@@ -39,4 +39,24 @@ def products() -> str:
     )
 
 
-TABLES = {"kernels-integer": products}
+def rounding() -> str:
+    """Return what rotating and rounding the input takes beside the product of codes."""
+    path = RESULTS / "kernels_integer.json"
+    cases = json.loads(path.read_text("utf-8")).get("rounding") if path.exists() else None
+    if not cases:
+        return "Not measured yet."
+    header = ["shape, tokens", "rotate and round, µs", "round, µs", "multiply, µs"]
+    header += ["three products of one input that is rounded once", "one product without the rotation"]
+    rows = []
+    for case in cases:
+        turn, plain, product = (case["microseconds"][step] for step in ("rotate and round", "round", "multiply"))
+        row = [f"{case['rows']} × {case['columns']}, {case['batch']}", *(f"{t:,.0f}" for t in (turn, plain, product))]
+        row += [
+            f"{(turn + 3 * product) / (3 * turn + 3 * product):.0%}",
+            f"{(plain + product) / (turn + product):.0%}",
+        ]
+        rows.append(row)
+    return table(header, rows)
+
+
+TABLES = {"kernels-integer": products, "kernels-integer-rounding": rounding}

@@ -5,8 +5,10 @@
 Random weights of 4 bits with a scale and a zero point for 64 columns, of 8 bits with a scale for a row, and the first
 with activations that are rotated (blocks of 128) and rounded to 8 and 4 bits in groups of 64. So many copies of each
 weight take turns that none stays in a cache. The floor is the time in which the bytes of the 4-bit weight are read, at
-the rate measured beside the cases. Writes ``benchmarks/results/kernels_integer.json``; ``python -m benchmarks.report``
-renders the table.
+the rate measured beside the cases. ``--rounding`` measures the two steps of the default layer of DVD-Quant instead:
+what it takes to rotate and round the input, and to multiply codes by codes.
+
+Writes ``benchmarks/results/kernels_integer.json``; ``python -m benchmarks.report`` renders the tables.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +28,8 @@ from torch.nn import functional
 from benchmarks.common import RESULTS, write_result
 from benchmarks.kernels.__main__ import copies, peers, read_rate
 from hf_lowbit.formats import IntegerFormat, IntegerSpec
+from hf_lowbit.kernels.activation import Sizes
+from hf_lowbit.kernels.cpu import activation
 from hf_lowbit.kernels.cpu import integer as library
 from hf_lowbit.layers import PackedLinear
 from hf_lowbit.report.bench import random_format, timed_in_turn
@@ -119,6 +124,24 @@ def measure(rows: int, columns: int, batch: int, seconds: float) -> dict[str, An
     }
 
 
+def rounding(rows: int, columns: int, batch: int, seconds: float) -> dict[str, Any]:
+    """Return median microseconds of the steps of a product with rounded activations, with and without rotation."""
+    form: Any = random_format(IntegerSpec(rows, columns, 4, 32, False, **_ROTATED, act_bits=4))
+    parts, x = (form.packed, form.scale, form.zero_point), torch.randn(batch, columns).bfloat16()
+    sizes = Sizes(columns, 4, 32, 128, "token_group", 4, 64)
+    made = activation.round_rows(x, None, None, sizes)
+    if made is None:
+        raise AssertionError("what is rounded is finite")
+    steps: dict[str, Callable[[int], Any]] = {
+        "rotate and round": lambda _: activation.round_rows(x, None, None, sizes),
+        "round": lambda _: activation.round_rows(x, None, None, sizes._replace(rotation=0)),
+        "multiply": lambda _: activation.product(*made, 64, parts, None, sizes[:3], x.dtype),
+    }
+    times = timed_in_turn(steps, seconds)
+    middle = {name: round(statistics.median(values) * 1e6, 1) for name, values in times.items()}
+    return {"rows": rows, "columns": columns, "batch": batch, "microseconds": middle}
+
+
 def main() -> None:
     """Parse arguments, measure, write; cases of the file that are not measured again stay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,24 +149,25 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="only so many tokens")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch and of ours")
     parser.add_argument("--seconds", type=float, default=6.0, help="for each shape and batch")
+    parser.add_argument("--rounding", action="store_true", help="only the steps of products with rounded activations")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     built, isa = library.load()
     console = Console()
     path = RESULTS / "kernels_integer.json"
-    before = json.loads(path.read_text("utf-8"))["cases"] if path.exists() else []
-    kept = {(case["rows"], case["batch"]): case for case in before}
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    name, run = ("rounding", rounding) if arguments.rounding else ("cases", measure)
+    kept = {(case["rows"], case["batch"]): case for case in before.get(name, [])}
+    result = {part: before[part] for part in ("cases", "rounding") if part in before}
     for rows, columns in SHAPES:
         for batch in BATCHES:
             if rows not in arguments.rows or batch not in arguments.batches:
                 continue
-            case = measure(rows, columns, batch, arguments.seconds)
-            kept[rows, batch] = case
-            middle = {name: values[1] for name, values in case["microseconds"].items()}
-            console.print(rows, columns, batch, {name: round(value) for name, value in middle.items()})
-            result = {"isa": isa if built else None, "amx": built is not None and library.has_amx()}
-            write_result("kernels_integer", {**result, "cases": [kept[key] for key in sorted(kept)]})
+            case = kept[rows, batch] = run(rows, columns, batch, arguments.seconds)
+            console.print(rows, columns, batch, case["microseconds"])
+            result |= {"isa": isa if built else None, "amx": built is not None and library.has_amx()}
+            write_result("kernels_integer", {**result, name: [kept[key] for key in sorted(kept)]})
 
 
 if __name__ == "__main__":

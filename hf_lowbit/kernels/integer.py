@@ -2,8 +2,8 @@
 
 ``w[i, j] = scale[i, g] · (code[i, j] - zero[i, g])`` for column j of group g. Codes are unsigned. Without stored zero
 points the zero is the middle of the range, ``2^(bits - 1)``. A floating zero point (n, groups) is not packed: a grid
-whose lower end l is any number has ``zero = -l / scale``. The op in torch is the definition on every device; there
-is no kernel that multiplies packed codes yet.
+whose lower end l is any number has ``zero = -l / scale``. The op in torch is the definition on every device; kernels
+that multiply the packed codes are in :data:`TABLE`.
 
 Layout of codes of 2, 3, 4 or 8 bits: a row is one number in little-endian bytes, column j in its bits ``bits · j`` to
 ``bits · j + bits - 1``, and what is left of the last byte is 0. So with 2, 4 and 8 bits a byte holds ``8 / bits``
