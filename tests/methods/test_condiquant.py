@@ -341,6 +341,17 @@ def test_learned_grids_are_nearer_to_the_dense_model():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_grids_of_half_precision_models_are_learned(dtype):
+    model, dense, images = tiny_model().to(dtype), tiny_model(), photos(2, 16)
+    hf_lowbit.quantize(model, quick(weight_bits=8, act_bits=8, refine="dqc", refine_steps=2, refine_lr=1e-4))
+    with torch.no_grad():
+        found = model(images.to(dtype)).reconstruction
+    assert found.dtype == dtype
+    assert relative(found.float(), dense(images).reconstruction.detach()) < 0.05
+    assert all(grids.bounds.dtype == torch.float32 for _, grids in attention.converted(model))
+
+
 def test_ends_never_cross():
     ends = Ends(torch.tensor([[-1.0, 1.0], [2.0, 2.0]]))
     ends.moved.data = torch.tensor([[3.0, -2.0], [0.0, 0.0]])

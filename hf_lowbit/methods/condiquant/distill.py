@@ -72,15 +72,15 @@ class LearnedLinear(nn.Module):
         self.input_ends = None if form.act_bounds is None else Ends(form.act_bounds.view(1, 2))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return the product of what both are on their grids."""
-        bits = self.spec.bits
+        """Return the product of what both are on their grids, computed in float32, in the dtype of the inputs."""
+        bits, dtype, inputs = self.spec.bits, inputs.dtype, inputs.float()
         parts = self.weight.chunk(self.spec.parts)  # type: ignore[operator]
         weight = torch.cat([learned_grid(p, self.weight_ends.of(i), bits) for i, p in enumerate(parts)])
         if self.input_ends is not None:
             inputs = learned_grid(inputs, self.input_ends.of(0), self.spec.act_bits)
         elif self.spec.activation == "dynamic":
             inputs = learned_grid(inputs, inputs.detach().aminmax(), self.spec.act_bits)
-        return linear(inputs, weight, self.bias)
+        return linear(inputs, weight, None if self.bias is None else self.bias.float()).to(dtype)
 
     def repacked(self) -> IntegerFormat:
         """Return the layer on the grids that were learned."""
@@ -135,7 +135,7 @@ def distill(unit: ModelUnit, grids: dict[str, AttentionGrids]) -> dict[str, Inte
 
 
 def _replacement(ends: Ends, bits: int) -> Any:
-    return lambda part, values: learned_grid(values, ends.of(PARTS.index(part)), bits)
+    return lambda part, values: learned_grid(values.float(), ends.of(PARTS.index(part)), bits).to(values.dtype)
 
 
 def _train(unit: ModelUnit, ends: list[nn.Parameter], options: CondiQuantConfig) -> None:
@@ -152,7 +152,7 @@ def _train(unit: ModelUnit, ends: list[nn.Parameter], options: CondiQuantConfig)
             truth = unit.run(unit.dense, batch)
         with features_of(unit.model, unit.blocks) as found:
             own = unit.run(unit.model, batch)
-        loss = (own - truth).abs().mean()
+        loss = (own.float() - truth.float()).abs().mean()
         if options.feature_weight and found:
             loss = loss + options.feature_weight * feature_distance(found, wanted)
         for parameter, gradient in zip(ends, torch.autograd.grad(loss, ends, allow_unused=True), strict=True):
@@ -181,7 +181,8 @@ def feature_distance(found: list[Tensor], wanted: list[Tensor]) -> Tensor:
     terms = []
     for own, other in zip(found, wanted, strict=True):
         one, two = (
-            part.flatten(1) / part.flatten(1).norm(dim=1, keepdim=True).clamp(min=1e-12) for part in (own, other)
+            part / part.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            for part in (own.flatten(1).float(), other.flatten(1).float())
         )
         terms.append((one - two).square().sum(1).mean())
     return torch.stack(terms).mean()
