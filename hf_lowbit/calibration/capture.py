@@ -334,7 +334,13 @@ def collect_cross(linears: dict[str, nn.Module], before: dict[str, list[Tensor]]
 
 
 @contextlib.contextmanager
-def collect_stacked(linears: dict[str, nn.Module], samples: int, buckets: int) -> Iterator[dict[str, Tensor]]:
+def collect_stacked(
+    linears: dict[str, nn.Module],
+    samples: int,
+    buckets: int,
+    own: Tensor | None = None,
+    total: Callable[[Tensor], Tensor] = lambda values: values,
+) -> Iterator[dict[str, Tensor]]:
     """Average samples, position by position, while a block runs within the ``with`` statement ("stack of batch").
 
     Args:
@@ -342,6 +348,8 @@ def collect_stacked(linears: dict[str, nn.Module], samples: int, buckets: int) -
         samples: sequences in all.
         buckets: how many averages there are; each takes the same number of samples, drawn at random, but the last may
             take fewer.
+        own: numbers of the sequences that run here, in order; by default all. Others run in other processes.
+        total: adds a tensor up over all processes.
 
     Yields:
         By name, once the statement has ended, ``(2 / buckets) Σ x̄ x̄ᵀ`` over the averages, (in_features, in_features),
@@ -353,6 +361,7 @@ def collect_stacked(linears: dict[str, nn.Module], samples: int, buckets: int) -
     Source: AdaSVD (arXiv 2502.01403), Eq. 14 and 15.
     """
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(0)) // -(-samples // buckets)
+    places = order if own is None else order[own]
     sums: dict[str, Tensor] = {}
     seen = dict.fromkeys(linears, 0)
     found: dict[str, Tensor] = {}
@@ -360,12 +369,12 @@ def collect_stacked(linears: dict[str, nn.Module], samples: int, buckets: int) -
     def hook(name: str) -> Callable[..., None]:
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:
             inputs = args[0].detach().float()
-            own = order[seen[name] : seen[name] + len(inputs)]
-            if inputs.dim() != 3 or len(own) != len(inputs):
+            into = places[seen[name] : seen[name] + len(inputs)]
+            if inputs.dim() != 3 or len(into) != len(inputs):
                 raise UnsupportedModelError(f"{name}: receives {tuple(args[0].shape)}, whose samples cannot be told")
             if name not in sums:
                 sums[name] = inputs.new_zeros((int(order.max()) + 1, *inputs.shape[1:]))
-            sums[name].index_add_(0, own.to(inputs.device), inputs)
+            sums[name].index_add_(0, into.to(inputs.device), inputs)
             seen[name] += len(inputs)
 
         return add
@@ -374,8 +383,8 @@ def collect_stacked(linears: dict[str, nn.Module], samples: int, buckets: int) -
     try:
         yield found
         counts = torch.bincount(order)
-        for name, total in sums.items():
-            means = (total / counts[:, None, None].to(total)).flatten(0, 1).double()
+        for name, own_sum in sums.items():
+            means = (total(own_sum) / counts[:, None, None].to(own_sum)).flatten(0, 1).double()
             found[name] = means.T @ means * (2.0 / len(counts))
     finally:
         for handle in handles:

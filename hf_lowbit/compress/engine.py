@@ -28,8 +28,9 @@ from hf_lowbit.calibration import capture
 from hf_lowbit.calibration.data import calibration_tokens
 from hf_lowbit.calibration.stats import LinearStats, PairedStats
 from hf_lowbit.compress import observation
+from hf_lowbit.compress.budget import Budget, without_choice
 from hf_lowbit.compress.image_run import draw_patches, run_on_images
-from hf_lowbit.compress.journal import Journal, run_identity
+from hf_lowbit.compress.journal import LINES, Journal, run_identity
 from hf_lowbit.compress.measures import StackMeasures
 from hf_lowbit.compress.outcome import RunReport, finished_config, relative_errors
 from hf_lowbit.compress.planning import plan_stack
@@ -44,7 +45,7 @@ from hf_lowbit.experts import fused_name, fused_parameters, put_together, take_a
 from hf_lowbit.formats import Format
 from hf_lowbit.image_config import WITH_DATA, ImageConfig
 from hf_lowbit.layers import PackedLinear, dense_weight, features, stored_shape
-from hf_lowbit.recipe import rules_of
+from hf_lowbit.recipe import LowBitRecipe, rules_of
 
 logger = logging.getLogger(__name__)
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -82,7 +83,8 @@ class Run:
         calibrated = check_calibration(config)
         self.calibrated = calibrated is not None
         self.on_images = isinstance(calibrated, ImageConfig)  # the whole model at once, so it need have no blocks
-        self.stacks, self.targets = plan_run(model, config, self.calibrated and not self.on_images)
+        self.stacks, self.targets = plan_run(model, without_choice(config), self.calibrated and not self.on_images)
+        self.budget = Budget(self) if isinstance(config, LowBitRecipe) and config.is_open else None
         if self.targets.unwanted:
             listed = "; ".join(f"{name}: {reason}" for name, reason in self.targets.unwanted.items())
             logger.warning("%d layers stay dense although nothing skips them (%s)", len(self.targets.unwanted), listed)
@@ -114,24 +116,44 @@ class Run:
         """
         reasons: dict[str, None] = dict.fromkeys(self.targets.unwanted.values())
         for name in self.targets.methods:
-            reason = self._reason_to_leave(name)
+            reason = self.reason_to_leave(name, self.targets.methods[name])
             if reason is None:
                 return
             reasons[reason] = None
         raise UnsupportedModelError(f"no layer would be compressed, all stay dense ({'; '.join(reasons)})")
 
-    def _reason_to_leave(self, name: str) -> str | None:
-        """Return why the method of a layer gains nothing on it, None if it does; asked by shape alone."""
-        options = self.targets.methods[name]
-        reason_for = registry.get(options.method).leaves_dense
-        if reason_for is None:
-            return None
+    @property
+    def deferred(self) -> bool:
+        """Whether weights are put off while a model is loaded: what is done with them is not known then."""
+        return self.calibrated or self.budget is not None
+
+    def reason_to_leave(self, name: str, options: LowBitConfig, wanted: bool = False) -> str | None:
+        """Return why a method gains nothing on a layer, or if ``wanted`` cannot take it; asked by shape alone."""
+        method = registry.get(options.method)
+        asked = [method.leaves_dense, *([method.cannot_take] if wanted else [])]
+        reasons = (reason_for(name, self.shape_of(name), options) for reason_for in asked if reason_for is not None)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def shape_of(self, name: str) -> tuple[int, int]:
+        """Return (out_features, in_features) of a target; an expert may still be part of a parameter."""
         if has_module(self.model, name):
-            return reason_for(name, features(self.model.get_submodule(name)), options)
+            return features(self.model.get_submodule(name))
+        experts, weights = self._fused(name)
+        rows, columns = weights.shape[1:]
+        return (columns, rows) if experts.is_transposed else (rows, columns)
+
+    def known_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that the weight of a target has, or will have when it is loaded."""
+        if has_module(self.model, name):
+            weight: Any = self.model.get_submodule(name).weight
+            return weight.dtype  # type: ignore[no-any-return]
+        return self._fused(name)[1].dtype
+
+    def _fused(self, name: str) -> tuple[Any, Tensor]:
+        """Return the module and the parameter that an expert is part of."""
         owner, _, leaf = str(fused_name(name)).rpartition(".")
-        experts: Any = self.model.get_submodule(owner)
-        shape = tuple(fused_parameters(experts)[leaf].shape[1:])
-        return reason_for(name, (shape[1], shape[0]) if experts.is_transposed else (shape[0], shape[1]), options)
+        experts = self.model.get_submodule(owner)
+        return experts, fused_parameters(experts)[leaf]
 
     def _check_weights(self) -> None:
         """Refuse a model with non-finite or misshapen weights before the long work starts; all of them are named.
@@ -178,6 +200,8 @@ class Run:
             journal = Journal(folder, identity, self.options.resume)
         self.team.wait()
         if not self.team.leads:
+            if not (folder / LINES).is_file():
+                raise ValueError(f"{folder}: all processes must see this folder, and this one does not")
             journal = Journal(folder, identity, resume=True)
         return journal
 
@@ -210,7 +234,8 @@ class Run:
 
         Experts of which none is packed go back into the one parameter that they come from.
         """
-        reasons = {name: reason for name in names if (reason := self._reason_to_leave(name))}
+        methods = self.targets.methods
+        reasons = {name: reason for name in names if (reason := self.reason_to_leave(name, methods[name]))}
         self.materialize(list(reasons))
         for name, reason in reasons.items():
             del self.targets.methods[name]
@@ -267,6 +292,11 @@ class Run:
             ],
             write=self.team.leads,
         )
+        for name in layers:  # from now on it is pages of the journal: memory holds one block, not all that is packed
+            layer: Any = self.model.get_submodule(name)
+            if layer.weight.device.type == "cpu":
+                kept = self.journal.packed(name)
+                self.model.set_submodule(name, type(layer)(kept, layer.bias, layer.weight.dtype))
 
     def _replace(self, names: list[str], stats: Mapping[str, LinearStats | PairedStats]) -> dict[str, Format]:
         """Replace layers by their packed form, which is returned.
@@ -389,6 +419,8 @@ class Run:
         self.model.eval()
         try:
             with torch.no_grad():
+                if self.budget is not None:
+                    self.budget.decide()
                 if self.on_images:
                     run_on_images(self)
                 for stack in self.stacks:
@@ -403,7 +435,8 @@ class Run:
             reasons = "; ".join(dict.fromkeys(self.targets.dense.values()))
             raise UnsupportedModelError(f"no layer was compressed, all stay dense ({reasons})")
         rows = [self.rows[name] for name in self.targets.methods]
-        self.report = RunReport(rows, self.targets.dense, time.perf_counter() - self.began)
+        plan = () if self.budget is None else self.budget.plan
+        self.report = RunReport(rows, self.targets.dense, time.perf_counter() - self.began, plan)
         logger.info(self.report.summary())
         return finished_config(
             self.config, self._table_of(list(self.targets.methods)), self.targets.dense, self.record

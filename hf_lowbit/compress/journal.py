@@ -21,8 +21,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from hf_lowbit import registry
 from hf_lowbit.compress.headers import packed_layer_spec
@@ -135,13 +136,13 @@ class Journal:
         return name in self.rows
 
     def packed(self, name: str) -> Format:
-        """Read a finished layer.
+        """Return a finished layer, whose tensors are pages of its file: the system can drop them and read them again.
 
         Raises:
             CheckpointError: its tensors do not fit its spec.
         """
         try:
-            packed = layer_of(name, self._modules[name], load(self._file_of[name].read_bytes()))
+            packed = layer_of(name, self._modules[name], _mapped(self._file_of[name], f"{name}."))
         except (ValueError, TypeError, OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.folder.name}/{self._file_of[name].name}: {error}") from error
         return packed
@@ -171,6 +172,9 @@ class Journal:
             write: whether the lines are written, by one process of several; the others only count.
         """
         entries = [{"file": self._file(self._entries + i).name, **file} for i, file in enumerate(files)]
+        for entry in entries:
+            self._modules |= entry["modules"]
+            self._file_of |= dict.fromkeys(entry["modules"], self.folder / entry["file"])
         if write:
             _write(self.folder / LINES, "".join(json.dumps(entry) + "\n" for entry in entries), "a")
         self._entries += len(entries)
@@ -193,6 +197,13 @@ class Journal:
         partial = self.folder / f"{LINES}.partial"
         _write(partial, text, "w")
         os.replace(partial, self.folder / LINES)
+
+
+def _mapped(file: Path, prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of a file whose names start so; on Windows, where a mapped file cannot be removed, copied."""
+    with safe_open(file, framework="pt") as handle:
+        found = {key: handle.get_tensor(key) for key in handle.keys() if key.startswith(prefix)}
+    return {key: tensor.clone() for key, tensor in found.items()} if os.name == "nt" else found
 
 
 def _refuse_links(folder: Path) -> None:

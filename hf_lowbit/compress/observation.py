@@ -98,11 +98,12 @@ def of_block(
     averaged = {name: layer for name, layer in others.items() if run.targets.methods[name].stack_into}
     buckets = max((run.targets.methods[name].stack_into for name in averaged), default=1)
     sizes = [len(states) for states in hidden]
+    samples = int(run.team.total(torch.tensor(sum(sizes))))
     with (
         capture.collect_stats(others, sizes) as stats,
         capture.collect_stats(experts) as of_experts,
         capture.collect_cross(crossed, reference.inputs) as cross,
-        capture.collect_stacked(averaged, sum(sizes), -(-buckets // run.team.size)) as stacked,
+        capture.collect_stacked(averaged, samples, buckets, _numbers(run, sizes), run.team.total) as stacked,
     ):
         if layers:
             capture.run_until(block, hidden, calls, last)
@@ -129,9 +130,14 @@ def of_block(
         if known or is_for_attention(run.targets.methods[name]):
             # what no token reached in this process may have been reached in another
             product = run.team.total(cross.get(name, nothing(name))) if name in crossed else None
-            means = run.team.total(stacked.get(name, nothing(name))) if name in averaged else None
-            ready[name] = PairedStats(reference.stats.get(name), found.get(name), product, means)
+            ready[name] = PairedStats(reference.stats.get(name), found.get(name), product, stacked.get(name))
     return ready
+
+
+def _numbers(run: Run, sizes: list[int]) -> Tensor:
+    """Return the numbers, among all calibration sequences, of those in the batches of this process."""
+    first = [(run.team.rank + i * run.team.size) * run.options.batch_size for i in range(len(sizes))]
+    return torch.cat([torch.arange(start, start + size) for start, size in zip(first, sizes, strict=True)])
 
 
 def _asking(run: Run, names: list[str], stream: str) -> list[str]:

@@ -1,0 +1,114 @@
+"""What several processes are started on: every method that compresses in a run, on a tiny model each.
+
+    torchrun --nproc-per-node 2 -m tests.compress.team_cases FOLDER CASE ...
+
+A folder holds the dense models under their names; each process compresses the cases in order, the leading one saves.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from transformers import AutoModelForCausalLM, Swin2SRForImageSuperResolution
+
+from hf_lowbit import (
+    AdaSVDConfig,
+    CondiQuantConfig,
+    DVDQuantConfig,
+    LowBitRecipe,
+    ReCalKVConfig,
+    RunOptions,
+)
+from hf_lowbit.compress.team import Team, join, leave
+from hf_lowbit.hf.save import save_model
+from tests.compress.test_planning import sparse
+from tests.hf.test_transformers import quick
+from tests.methods import test_condiquant
+from tests.tiny import tiny_model, tokens
+from tests.video_pipelines import wan
+
+DATA = {"calibration": tokens(8), "samples": 8}
+BATCH = {"batch_size": 1, "progress": False}
+ONLY = "model.layers.0.mlp.down_proj"
+
+
+def recipe(**changes: Any) -> LowBitRecipe:
+    """Weights of three methods, and latents in the cache of the same model."""
+    data = {**DATA, **changes}
+    rules = {
+        "*.self_attn.[kv]_proj": ReCalKVConfig(rank_multiple=4, **data),
+        "*.mlp.down_proj": AdaSVDConfig(ratio=0.5, **data),
+        "*.mlp.gate_proj": sparse(**data),
+        "*.mlp.up_proj": DVDQuantConfig(layers="all"),
+        "*": quick(**data),
+    }
+    return LowBitRecipe(rules)
+
+
+# case -> (dense model, config); names of models are those of `save_dense`
+CASES: dict[str, tuple[str, Any]] = {
+    "llama-free": ("llama", lambda: quick(calibration=None)),
+    "llama-one-layer": ("llama", lambda: LowBitRecipe({ONLY: quick(calibration=None)})),
+    "llama-integer": ("llama", lambda: DVDQuantConfig(layers="all")),
+    "mixtral-free": ("mixtral", lambda: quick(calibration=None)),
+    "wan-integer": ("wan", lambda: DVDQuantConfig()),
+    "llama-data": ("llama", lambda: quick(**DATA)),
+    "mixtral-data": ("mixtral", lambda: quick(**DATA)),
+    "closed-data": ("closed", lambda: quick(**DATA)),
+    "llama-sparse": ("llama", lambda: sparse(n=4)),
+    "llama-ratio": ("llama", lambda: AdaSVDConfig(ratio=0.5, **DATA)),
+    "llama-stacked": ("llama", lambda: AdaSVDConfig(ratio=0.5, buckets=4, sequential=False, **DATA)),
+    "llama-latent": ("llama", lambda: ReCalKVConfig(rank_multiple=4, ocmf="cross", **DATA)),
+    "llama-mixed": ("llama", recipe),
+    "images": ("swin", lambda: test_condiquant.quick(weight_bits=2, act_bits=2)),
+    "images-learned": ("swin", lambda: test_condiquant.quick(sequential=True, refine="dqc", refine_steps=4)),
+}
+EXACT = ("llama-free", "llama-one-layer", "llama-integer", "mixtral-free", "wan-integer")
+KINDS = {"swin": Swin2SRForImageSuperResolution, "wan": WanTransformer3DModel}
+
+
+def closed_router(architecture: str = "mixtral") -> Any:
+    """Return a model with experts, the first of which no token reaches."""
+    model = tiny_model(architecture, num_experts_per_tok=1)
+    with torch.no_grad():
+        for block in model.model.layers:
+            router = block.mlp.gate.weight
+            router[0], router[2] = 0, -router[1]  # of the experts 1 and 2, one has a logit above 0
+    return model
+
+
+def save_dense(folder: Path, names: set[str]) -> None:
+    """Save the dense models."""
+    made = {"swin": test_condiquant.tiny_model, "wan": lambda: wan()[0].transformer, "closed": closed_router}
+    for name in sorted(names):
+        (made[name]() if name in made else tiny_model(name)).save_pretrained(folder / name)
+
+
+def compressed(folder: Path, case: str, **options: Any) -> Any:
+    """Compress the dense model of a case, and return it."""
+    name, make = CASES[case]
+    config = make()
+    config.run = RunOptions(**{**BATCH, **options})
+    if name == "wan":
+        return KINDS[name].from_pretrained(folder / name, quantization_config=config)
+    return KINDS.get(name, AutoModelForCausalLM).from_pretrained(folder / name, quantization_config=config)
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    """Compress in company."""
+    torch.set_num_threads(1)
+    join()
+    team = Team()
+    for case in cases:
+        journal, report = folder / f"journal-{case}", folder / f"{case}.jsonl"
+        model = compressed(folder, case, journal=journal, report=report, resume=True)
+        if team.leads:
+            save_model(model, folder / case)
+        team.wait()
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
