@@ -1,10 +1,12 @@
 """Tiny models of real architectures, built from a config with random weights; for structure, never for quality."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 128
 _COMMON = {
@@ -125,3 +127,11 @@ def tokens(samples: int = 4, length: int = 24) -> torch.Tensor:
     """Return (samples, length) token ids, the same every time."""
     generator = torch.Generator().manual_seed(7)
     return torch.randint(3, VOCABULARY, (samples, length), generator=generator)
+
+
+def save_words(folder: Path) -> None:
+    """Save a tokenizer of the words w0 to w126 and an end, one id each, beside a tiny model."""
+    words = {f"w{number}": number for number in range(VOCABULARY - 1)} | {"<end>": VOCABULARY - 1}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>").save_pretrained(folder)

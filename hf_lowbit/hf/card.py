@@ -22,7 +22,7 @@ from hf_lowbit.recipe import rules_of
 from hf_lowbit.report.headers import parts
 from hf_lowbit.report.inspect import Inspection, inspect
 from hf_lowbit.report.latents import cache_json
-from hf_lowbit.report.tables import kinds_of, mean
+from hf_lowbit.report.tables import Share, kinds_of, mean, shares_of
 
 DATASETS = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext"}
 _PRIVATE = {
@@ -123,6 +123,7 @@ class ModelFacts:
         kinds: (kind of layer, number of such, bits per weight, mean output error).
         dense: (why layers were left dense, how many).
         cache: of a model whose cache holds latents: bits, bytes per token, and those of the dense model.
+        shares: what each method holds, where there are several methods or forms of one.
     """
 
     part: str = ""
@@ -136,6 +137,7 @@ class ModelFacts:
     kinds: tuple[tuple[str, int | None, float | None, float | None], ...] = ()
     dense: tuple[tuple[str, int], ...] = ()
     cache: Mapping[str, Any] | None = None
+    shares: tuple[Share, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +239,7 @@ def model_facts(inspection: Inspection, part: str = "") -> ModelFacts:
     reasons: dict[str, int] = {}
     for reason in (inspection.config.left_dense or {}).values():
         reasons[reason] = reasons.get(reason, 0) + 1
+    shares = tuple(shares_of(inspection))
     return ModelFacts(
         part=part,
         layers=len(inspection.modules),
@@ -249,6 +252,7 @@ def model_facts(inspection: Inspection, part: str = "") -> ModelFacts:
         kinds=tuple(kinds),
         dense=tuple(reasons.items()),
         cache=cache_json(inspection),
+        shares=shares if len(shares) > 1 else (),
     )
 
 

@@ -54,6 +54,13 @@ class PackedModule:
         return f"{self.spec['keep_n']}:{self.spec['keep_m']}" if self.spec.get("keep_m") else ""
 
     @property
+    def held_as(self) -> str:
+        """Format in words, with the mask or what holds the factors: "binary, 4:8", "low_rank of integer"."""
+        inner = [value["format"] for value in self.spec.values() if isinstance(value, Mapping) and "format" in value]
+        of = f" of {' and '.join(dict.fromkeys(inner))}" if inner else ""
+        return f"{self.format}{of}" + (f", {self.mask}" if self.mask else "")
+
+    @property
     def kept_share(self) -> float:
         """Share of the weights that the mask keeps, N / M; 1 without a mask."""
         return float(self.spec["keep_n"] / self.spec["keep_m"]) if self.mask else 1.0

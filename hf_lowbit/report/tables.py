@@ -57,6 +57,60 @@ def kinds_of(modules: Iterable[PackedModule]) -> dict[str, list[PackedModule]]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one method holds of a model, in one form.
+
+    Attributes:
+        method: its name.
+        held_as: how its layers are stored.
+        layers: how many.
+        weights: of the dense model, and as a share of all its parameters.
+        bytes: stored, and as a share of the weight files.
+    """
+
+    method: str
+    held_as: str
+    layers: int
+    weights: int
+    weights_share: float
+    bytes: int
+    bytes_share: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the dense model."""
+        return 8 * self.bytes / self.weights
+
+
+def shares_of(inspection: Inspection) -> list[Share]:
+    """Return what each method of a model holds, in the order of its layers."""
+    found: dict[tuple[str, str], list[PackedModule]] = {}
+    for module in inspection.modules:
+        found.setdefault((module.method, module.held_as), []).append(module)
+    stored = inspection.packed_bytes + sum(group.bytes for group in inspection.groups) + inspection.header_bytes
+    shares = []
+    for (method, held_as), modules in found.items():
+        weights, size = sum(module.weights for module in modules), sum(module.bytes for module in modules)
+        shares.append(
+            Share(method, held_as, len(modules), weights, weights / inspection.parameters, size, size / stored)
+        )
+    return shares
+
+
+def shares_table(shares: Iterable[Share]) -> Table:
+    """Return the table of what each method of a model holds."""
+    table = _table(
+        "packed layers by method",
+        ["method", "held as"],
+        ["layers", "of the parameters", "bytes", "of the weight files", "bits per weight"],
+    )
+    for share in shares:
+        numbers = (f"{100 * share.weights_share:.1f} %", f"{share.bytes:,}", f"{100 * share.bytes_share:.1f} %")
+        table.add_row(share.method, share.held_as, str(share.layers), *numbers, f"{share.bits_per_weight:.3f}")
+    return table
+
+
 def parts_of(inspection: Inspection) -> list[tuple[str, str, int, int]]:
     """Return all parts of a folder: (part, remark, parameters, bytes); bytes add up to ``total_bytes``."""
     names = ", ".join(sorted({module.method for module in inspection.modules}))
@@ -98,15 +152,17 @@ def inspection_tables(inspection: Inspection, layers: bool = False) -> list[Tabl
         bits = 8 * size / sum(module.weights for module in modules)
         error = mean(module.error for module in modules)
         kinds.add_row(kind, str(len(modules)), f"{bits:.3f}", f"{size:,}", error_text(error))
+    shares = shares_of(inspection)
+    mixed = [shares_table(shares)] if len(shares) > 1 else []
     if not layers:
-        return [parts, kinds]
+        return [parts, *mixed, kinds]
     every = _table(
         "packed layers", ["layer", "method", "format", "stored as"], ["bits per weight", "bytes", "output error"]
     )
     for module in inspection.modules:
         numbers = (f"{module.bits_per_weight:.3f}", f"{module.bytes:,}", error_text(module.error))
         every.add_row(module.name, module.method, module.format, module.highlights, *numbers)
-    return [parts, kinds, every]
+    return [parts, *mixed, kinds, every]
 
 
 def inspection_json(inspection: Inspection, layers: bool = True) -> dict[str, Any]:
@@ -124,6 +180,9 @@ def inspection_json(inspection: Inspection, layers: bool = True) -> dict[str, An
         "packed_share": inspection.packed_share,
         "bits_per_weight": inspection.bits_per_weight,
         "bits_per_parameter": inspection.bits_per_parameter,
+        "methods": [
+            {**dataclasses.asdict(share), "bits_per_weight": share.bits_per_weight} for share in shares_of(inspection)
+        ],
     }
     if layers:
         content["modules"] = [

@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -22,6 +20,7 @@ from typer.testing import CliRunner
 
 import hf_lowbit
 from hf_lowbit.cli import app
+from tests.tiny import save_words
 
 QUICK = ("iterations=1", "quantiles=3", "max_salient_per_block=4", "block_size=32")
 
@@ -37,10 +36,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense") / "dense"
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
     LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).save_pretrained(folder)
-    words = {f"w{number}": number for number in range(127)} | {"<end>": 127}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<end>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>").save_pretrained(folder)
+    save_words(folder)
     return folder
 
 
