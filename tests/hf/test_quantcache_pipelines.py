@@ -521,7 +521,8 @@ def test_report(plain, tmp_path):
 
 
 def test_report_is_json_whatever_was_measured():
-    rows = [{"step": i, "change": change, "divergence": change} for i, change in enumerate((0.5, math.inf, math.nan))]
+    step = {"computed": 1.0, "bits": 8}
+    rows = [{**step, "change": change, "divergence": change} for change in (0.5, math.inf, math.nan)]
     content = json.loads(json.dumps(CacheReport("stack", 2, rows).to_dict(), allow_nan=False))
     assert [row["change"] for row in content["rows"]] == [0.5, None, None]
     assert rows[1]["change"] == math.inf
