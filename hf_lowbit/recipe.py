@@ -50,12 +50,16 @@ class LowBitRecipe(LowBitConfig):
     Attributes:
         rules: a mapping, or pairs, of pattern and config. Configs in a recipe have no ``skip`` of their own.
         optional: patterns of rules or of ``skip`` that may match nothing, so that one recipe serves several models.
+        cache: of a transformer of diffusers, the config of what skips steps while it samples (``QuantCacheConfig``).
+            It is stored with the weights and enabled when they are loaded; ``disable_cache()`` takes it away. The
+            cache of keys and values of a language model is a rule (``ReCalKVConfig``).
     """
 
     method: ClassVar[str] = "recipe"
 
     rules: Any = dataclasses.field(default=(), kw_only=False)
     optional: tuple[str, ...] = ()
+    cache: LowBitConfig | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.rules, Mapping):
@@ -91,6 +95,8 @@ class LowBitRecipe(LowBitConfig):
             if pattern in seen:
                 found.append(f"rule {shown(pattern)} is given twice")
             seen.add(pattern)
+        if self.cache is not None and not _compresses_steps(self.cache):
+            found.append(f"cache must be the config of a method for pipelines, got {type(self.cache).__name__}")
         if not isinstance(self.optional, tuple):
             found.append(f"optional must be a list of patterns, got {shown(self.optional)}")
         else:
@@ -104,11 +110,18 @@ class LowBitRecipe(LowBitConfig):
         values["rules"] = [{"pattern": pattern, "config": config.to_dict()} for pattern, config in self.rules]
         if self.optional:
             values["optional"] = list(self.optional)
+        if self.cache is not None:
+            values["cache"] = self.cache.to_dict()
         return values
 
     @classmethod
     def _from_values(cls, values: dict[str, Any]) -> LowBitRecipe:
-        rules = values.pop("rules", [])
+        rules, cache = values.pop("rules", []), values.get("cache")
+        if cache is not None:
+            # before it is read, as below
+            if not isinstance(cache, Mapping) or cache.get("method") == cls.method:
+                raise ValueError("LowBitRecipe: cache must be the config of a method for pipelines")
+            values = {**values, "cache": LowBitConfig.from_dict(cache)}
         if not isinstance(rules, list) or not all(
             isinstance(rule, Mapping) and set(rule) == {"pattern", "config"} for rule in rules
         ):
@@ -120,6 +133,14 @@ class LowBitRecipe(LowBitConfig):
                 )
         pairs = tuple((rule["pattern"], LowBitConfig.from_dict(rule["config"])) for rule in rules)
         return cls(rules=pairs, **values)
+
+
+def _compresses_steps(config: Any) -> bool:
+    """Whether it is the config of a method of unit "pipeline", which compresses no weights."""
+    from hf_lowbit import registry
+
+    known = registry.methods().get(getattr(config, "method", ""))
+    return isinstance(config, LowBitConfig) and known is not None and known.unit == "pipeline"
 
 
 def _each_its_own(rules: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -212,6 +212,7 @@ def facts_of(
     fields = dataclasses.replace(fields, pipeline_tag=fields.pipeline_tag or task)
     configs = [inspection.config for inspection in found.values()]
     rules = [rule for config in configs for _, rule in rules_of(config)]
+    caches = {cache.method for config in configs if (cache := getattr(config, "cache", None)) is not None}
     data = [rule.calibration for rule in rules if isinstance(rule, WITH_DATA)]
     names = [one.name if isinstance(one, CalibrationRecord) else one for one in data]
     return Facts(
@@ -220,7 +221,7 @@ def facts_of(
         library=library,
         loader=loader,
         tokenizer=repo if (folder / "tokenizer_config.json").is_file() else str(fields.base_model),
-        methods=tuple(sorted({module.method for one in found.values() for module in one.modules})),
+        methods=tuple(sorted({module.method for one in found.values() for module in one.modules} | caches)),
         models=tuple(model_facts(inspection, part) for part, inspection in found.items()),
         recipe=_recipe(found),
         calibration=tuple(dict.fromkeys(calibration_text(rule) for rule in rules)),

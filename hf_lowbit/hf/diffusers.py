@@ -139,6 +139,7 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
             self._refuse_rounding(device_map)
             verify_files(self._files, self.quantization_config, _WITHOUT_CHECKSUMS)
             return model
+        quantcache.check_config(model, self.quantization_config)
         source = dense_source(self._files)
         if state_dict is not None:
             self._settle_dtype(model, _most_common(state_dict), fp32)
@@ -236,6 +237,7 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
         from hf_lowbit.hf.delta_gbs import follow_config
 
         follow_config(model, self.quantization_config)
+        quantcache.follow_config(model, self.quantization_config)
 
     def _refuse_packed_file(self, state_dict: Mapping[str, Tensor]) -> None:
         """Refuse a single packed file: its module table and checksums lie in a folder, which is not named then."""
@@ -415,6 +417,7 @@ def quantize(model: Any, config: LowBitConfig) -> RunReport:
     """Compress a diffusers model that is already in memory, in place; see :func:`hf_lowbit.quantize`."""
     _refuse_calibrated(config)
     _refuse_groups_on_disk(model)
+    quantcache.check_config(model, config)
     finished, report = compress_model(model, config)
     model.hf_quantizer = LowBitDiffusersQuantizer(finished, pre_quantized=True)
     model.hf_quantizer.report = report

@@ -4,7 +4,8 @@
 ``disable_cache()`` takes everything away again. diffusers has no registry of caches, only a closed list of types in
 these two methods; so both are wrapped once, when the package registers: a config of ours goes our way, any other
 theirs. :func:`apply_quantcache` and :func:`remove_quantcache` do the same without the mixin, in the manner of
-diffusers' own functions.
+diffusers' own functions. A recipe may bring a cache along (``LowBitRecipe(..., cache=QuantCacheConfig())``): it is
+stored in ``config.json`` of the transformer and enabled when that is loaded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from hf_lowbit.config import LowBitConfig
 from hf_lowbit.methods.quantcache import QuantCacheConfig
 
 if TYPE_CHECKING:
@@ -66,6 +68,29 @@ def apply_quantcache(transformer: nn.Module, config: QuantCacheConfig | None = N
     parts: Any = transformer
     parts._cache_config = config
     parts.cache_report = engine.report
+
+
+def check_config(transformer: nn.Module, config: LowBitConfig) -> None:
+    """Refuse a recipe whose ``cache`` does not work on a transformer, before its weights are compressed.
+
+    Raises:
+        UnsupportedModelError: the blocks of the transformer are not known.
+        ValueError: another cache is enabled on it.
+    """
+    cache: Any = getattr(config, "cache", None)
+    if cache is not None:
+        from hf_lowbit.hf.quantcache_hooks import Engine
+
+        Engine(transformer, cache)
+        if not isinstance(getattr(transformer, "_cache_config", None), QuantCacheConfig):
+            _refuse_second_cache(transformer)
+
+
+def follow_config(transformer: nn.Module, config: LowBitConfig) -> None:
+    """Enable the ``cache`` of a recipe, if it has one; a QuantCache that is enabled by hand stays as it is."""
+    cache: Any = getattr(config, "cache", None)
+    if cache is not None and getattr(transformer, "_cache_config", None) is None:
+        apply_quantcache(transformer, cache)
 
 
 def remove_quantcache(transformer: nn.Module) -> None:

@@ -100,6 +100,7 @@ class LowBitHfQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work before the model is built."""
         device_map = kwargs.get("device_map")
+        _refuse_cache_of_steps(self.quantization_config)
         if self.pre_quantized:
             if kwargs.get("weights_only") is False:
                 raise ValueError("hf_lowbit: packed checkpoints are safetensors files; weights_only=False is refused")
@@ -313,8 +314,19 @@ def register() -> None:
         registry_of_transformers.LOADING_ATTRIBUTES_CONFIG_TYPES += (LowBitConfig,)  # type: ignore[assignment]
 
 
+def _refuse_cache_of_steps(config: LowBitConfig) -> None:
+    """Refuse a recipe with a cache that only a model of diffusers can have."""
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        raise ValueError(
+            f"cache={type(cache).__name__} skips steps of transformers of diffusers; the cache of a language model is "
+            'a rule of the recipe, such as "*.self_attn": ReCalKVConfig()'
+        )
+
+
 def quantize(model: Any, config: LowBitConfig) -> RunReport:
     """Compress a transformers model that is already in memory, in place; see :func:`hf_lowbit.quantize`."""
+    _refuse_cache_of_steps(config)
     prepare_cache(model, config)
     finished, report = compress_model(model, config, _tokenizer_for(config, model))
     attach_cache(model, finished)
