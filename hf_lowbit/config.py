@@ -88,7 +88,7 @@ def planned_problems(layers: Any, symbol: str, fits: Callable[[Any], bool], want
         return [f"layers must map names of decoder blocks to {symbol}, got {shown(layers)}"]
     found = []
     for name, value in layers.items():
-        if not _is_text(name) or not name:
+        if not is_text(name) or not name:
             found.append(f"layers: {shown(name)} is not the name of a module")
         elif not fits(value):
             found.append(f"layers[{shown(name)}] must be {want}, got {shown(value)}")
@@ -163,6 +163,7 @@ class RunOptions:
         tokenizer: tokenizer for calibration text; None loads the model's own.
         journal: folder that records finished layers, so that a run can be resumed; None for no journal.
         resume: go on with the run that the journal records.
+        on_plan: called with the rows of the plan when a budget has chosen, before anything is compressed.
         verify: compare checksums when a packed model is loaded; False puts that off (see ``hf-lowbit verify``).
     """
 
@@ -173,6 +174,7 @@ class RunOptions:
     journal: Path | str | None = None
     resume: bool = False
     verify: bool = True
+    on_plan: Callable[[Any], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +350,7 @@ class LowBitConfig(QuantizationConfigMixin, metaclass=_ByMethodName):
         if self.modules is not None:
             found += _module_table_problems(self.modules)
         reasons = self.left_dense
-        if reasons is not None and not (isinstance(reasons, Mapping) and all(_is_text(*i) for i in reasons.items())):
+        if reasons is not None and not (isinstance(reasons, Mapping) and all(is_text(*i) for i in reasons.items())):
             found.append("left_dense must map module names to reasons, in printable characters")
         if not isinstance(self.run, RunOptions):
             found.append(f"run must be RunOptions, got {self.run!r}")
@@ -400,7 +402,7 @@ class LowBitConfig(QuantizationConfigMixin, metaclass=_ByMethodName):
             raise ValueError(f"a config must be an object, got {type(config_dict).__name__}")
         data = dict(config_dict)
         method = data.get("method", cls.method or None)
-        if method is not None and not _is_text(method):
+        if method is not None and not is_text(method):
             raise ValueError(f"unknown method {shown(method)}")
         target: type[LowBitConfig] = registry.config_class(method)
         if not issubclass(target, cls):
@@ -437,17 +439,17 @@ def _unknown_key(key: str, known: set[str]) -> str:
     return f"unknown key {shown(key)}" + (f" (did you mean {close[0]!r}?)" if close else "")
 
 
-def _is_text(*values: Any) -> bool:
+def is_text(*values: Any) -> bool:
     """Whether all are strings that may be shown as they are: no control characters, no page of text."""
     return all(isinstance(value, str) and len(value) <= _LONGEST and value.isprintable() for value in values)
 
 
-def _is_finite(number: Any) -> bool:
+def is_finite(number: Any) -> bool:
     return bool(abs(number) <= sys.float_info.max)  # also for integers that no float can hold
 
 
 def _is_module_name(name: Any) -> bool:
-    return _is_text(name) and all(name.split("."))
+    return is_text(name) and all(name.split("."))
 
 
 _MODULE_KEYS = {"method": str, "format": str, "spec": Mapping, "error": float}
@@ -473,7 +475,7 @@ def _module_table_problems(table: Any) -> list[str]:
                 continue
             if not isinstance(value, kind) and not (kind is float and type(value) is int):
                 found.append(f"{where}.{key} must be of type {kind.__name__}, got {shown(value)}")
-            elif kind is float and not _is_finite(value):
+            elif kind is float and not is_finite(value):
                 found.append(f"{where}.{key} must be finite, got {shown(value)}")
     return found
 

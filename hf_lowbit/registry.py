@@ -132,6 +132,9 @@ class Method:
             after ``plan``.
         cannot_take: optional, of the same arguments and results: layers that the method would compress if it could.
             They stay dense, and the user is told. Asked before ``plan``.
+        largest: ``(name, (out_features, in_features), options, dtype of the weight) -> spec``: of the largest form
+            that a packed layer can take, by its shape alone; for methods that a budget may choose. Where ``needs`` is
+            "none" the form is the same whatever the data are.
         allocate: for unit "attention", in runs with data, in place of ``plan``: ``(projections, options, measures) ->
             {projection name: number}``, merged into ``layers`` as well. ``measures`` looks at the dense blocks when it
             is asked, see :class:`hf_lowbit.compress.measures.StackMeasures`.
@@ -156,6 +159,7 @@ class Method:
     plan: Callable[..., Any] | None = None
     leaves_dense: Callable[[str, tuple[int, int], Any], str | None] | None = None
     cannot_take: Callable[[str, tuple[int, int], Any], str | None] | None = None
+    largest: Callable[[str, tuple[int, int], Any, Any], Any] | None = None
     allocate: Callable[..., Any] | None = None
     check: Callable[..., list[str]] | None = None
     finish: Callable[[ModelUnit], dict[str, Any]] | None = None

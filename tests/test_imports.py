@@ -35,6 +35,7 @@ ROOM_OF = {
     "conv_layers": "layers",
     "registry": "config",
     "recipe": "config",
+    "budget": "config",
     "image_config": "config",
     "report": "hf",
     "__main__": "cli",

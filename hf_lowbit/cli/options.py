@@ -13,7 +13,7 @@ from hf_lowbit.calibration.images import load_images
 from hf_lowbit.compress.engine import check_calibration
 from hf_lowbit.config import DATASETS, CalibrationRecord, LowBitConfig, RunOptions, parse_json
 from hf_lowbit.image_config import WITH_DATA
-from hf_lowbit.recipe import LowBitRecipe
+from hf_lowbit.recipe import LowBitRecipe, with_each
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -140,7 +140,7 @@ def read_recipe(file: Path, skip: list[str], fields: dict[str, Any]) -> LowBitCo
 
     more: dict[str, Any] = {"skip": (*config.skip, *skip), "modules": None, "left_dense": None}  # of another run
     if isinstance(config, LowBitRecipe):
-        more["rules"] = tuple((pattern, with_fields(rule)) for pattern, rule in config.rules)
+        more |= {"rules": with_each(config, with_fields), "plan": None}
         return dataclasses.replace(config, **more)
     return dataclasses.replace(with_fields(config), **more)
 

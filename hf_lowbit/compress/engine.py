@@ -100,6 +100,7 @@ class Run:
         self.changed: dict[str, Any] | None = None  # see compress_layers
         self.gradients: dict[str, Tensor] = {}  # of the loss with respect to outputs, see LowBitConfig.streams
         self.owner: dict[str, int] = {}  # rank of the process that packs a layer
+        self.idle: set[str] = set()  # experts that no calibration token reached
         self.rows: dict[str, dict[str, Any]] = {}
         self.table: dict[str, dict[str, Any]] = {}
         self.journal = self._open_journal()
@@ -368,7 +369,7 @@ class Run:
             "bits_per_weight": packed.bits_per_weight,
             "bytes": packed.nbytes,
             "weights": packed.spec.out_features * packed.spec.in_features,
-            "calibration_tokens": None if stats is None else stats.tokens,
+            "calibration_tokens": (0 if name in self.idle else None) if stats is None else stats.tokens,
             "seconds": round(time.perf_counter() - began, 3),
             "resident_bytes": psutil.Process().memory_info().rss,
             "trace": unit.trace,

@@ -57,7 +57,7 @@ class Intake:
         try:
             with torch.no_grad():
                 names = self._installed(parameter, self._unmapped(parameter, tensor, key))
-                if self.run.calibrated:
+                if self.run.deferred:
                     self._put_off(parameter, names, key)
                 else:
                     self._compress(names)
@@ -109,7 +109,7 @@ class Intake:
         own = [name for name in (parameter, key) if name and source is not None and source.locate(name) is not None]
         if source is None or not own or tensor.device.type != "cpu":
             return tensor
-        if self.run.calibrated and self._was_checked(parameter):
+        if self.run.deferred and self._was_checked(parameter):
             return tensor  # nobody looks at it now
         return source.read(own[0], tensor.dtype)
 

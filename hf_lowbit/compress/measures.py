@@ -22,12 +22,13 @@ from hf_lowbit.calibration import capture
 from hf_lowbit.calibration.stats import LinearStats
 from hf_lowbit.compress.planning import cosine_sums
 from hf_lowbit.errors import CalibrationError, UnsupportedModelError
-from hf_lowbit.layers import dense_weight
+from hf_lowbit.layers import dense_weight, features
 
 if TYPE_CHECKING:
     from hf_lowbit.compress.engine import Run
 
 Calls = list[list[capture.BlockCall]]
+Backwards = tuple[nn.Module, dict[str, nn.Module], list[Tensor], list[Tensor], list[capture.BlockCall], list[Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +98,8 @@ class StackMeasures:
             sums = [self._run.team.total(part) for part in cosine_sums(dense, self.hidden, calls)]
         return {prefix: float(total / count) for prefix, (total, count) in zip(self._stack, sums, strict=True)}
 
-    def dense_inputs(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor, LinearStats]]:
-        """Yield name, weight and inputs of layers of the dense model, block by block.
+    def dense_inputs(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor, LinearStats | None]]:
+        """Yield name, weight and inputs of layers of the dense model, block by block; None where no token comes.
 
         Args:
             names: of linear layers inside the blocks.
@@ -113,7 +114,7 @@ class StackMeasures:
                     hidden = [capture.hidden_of(output) for output in outputs]
                 self._run.team.add_up(stats)
                 for name, module in own.items():
-                    yield name, dense_weight(module), stats[name]
+                    yield name, dense_weight(module), stats.get(name)
 
     def gradients(self, names: Sequence[str], samples: int, length: int) -> dict[str, GradientStats]:
         """Return how the model's loss depends on layers of the dense model; measured once for the same question.
@@ -135,6 +136,39 @@ class StackMeasures:
             self._gradients = question, self._measured_gradients(names, samples, length)
         return self._gradients[1]
 
+    def sensitivity(self, names: Sequence[str], samples: int, length: int) -> dict[str, Tensor]:
+        """Return how much the model's loss curves with the outputs of layers of the dense model.
+
+        Args:
+            names: of linear layers inside the blocks.
+            samples: calibration sequences that are looked at; of several processes, all together.
+            length: tokens of each, at most.
+
+        Returns:
+            By name (out_features,), float64, on the CPU: the mean over all tokens of the squared gradient of a
+            sequence's summed loss with respect to each output, the diagonal of the empirical Fisher matrix. Zeros for
+            an expert that no token reaches. Rows r of a residual R then raise the mean loss of a token by about
+            ``½ Σ γ_r (R S Rᵀ)_rr``, with S the mean of x xᵀ: that of K-FAC with the output's matrix made diagonal.
+
+        Raises:
+            UnsupportedModelError: the model has no output over its vocabulary.
+            CalibrationError: a gradient is not finite; the layer is named.
+        """
+        found: dict[str, Tensor] = {}
+        tokens = 0.0
+        for block, own, hidden, grads, calls, below in self._backwards(names, samples, length):
+            sums = {name: torch.zeros(features(layer)[0], dtype=torch.float64) for name, layer in own.items()}
+            with _output_squares(own, sums):
+                below += [_through(block, *one) for one in zip(hidden, grads, calls, strict=True)]
+            tokens = float(sum(states.shape[0] * states.shape[1] for states in hidden))
+            factor = float((hidden[0].shape[1] - 1) ** 2) if hidden else 0.0  # from the mean loss to the sum
+            for name, total in sums.items():
+                found[name] = self._run.team.total(total) * factor
+                if not bool(torch.isfinite(found[name]).all()):
+                    raise CalibrationError(f"{name}: its gradient is not finite")
+        count = float(self._run.team.total(torch.tensor(tokens, dtype=torch.float64)))
+        return {name: found[name] / max(count, 1.0) for name in names}
+
     def wanted_gradients(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return second moments of gradients for those of some layers whose method asks for them."""
         methods: dict[str, Any] = {name: self._run.targets.methods[name] for name in names}
@@ -147,6 +181,28 @@ class StackMeasures:
         return found
 
     def _measured_gradients(self, names: Sequence[str], samples: int, length: int) -> dict[str, GradientStats]:
+        found: dict[str, GradientStats] = {}
+        for block, own, hidden, grads, calls, below in self._backwards(names, samples, length):
+            sums, gradients = _backward(block, own, hidden, grads, calls)
+            below += gradients
+            sequences = int(self._run.team.total(torch.tensor(float(len(hidden)))))
+            for name, (squares, products) in sums.items():
+                found[name] = GradientStats(
+                    fisher=float((self._run.team.total(squares) / sequences).sqrt().mean()),
+                    second_moment=self._run.team.total(products) / sequences,
+                )
+                if not (math.isfinite(found[name].fisher) and bool(torch.isfinite(found[name].second_moment).all())):
+                    raise CalibrationError(f"{name}: its gradient is not finite")
+        return {name: found[name] for name in names}
+
+    def _backwards(self, names: Sequence[str], samples: int, length: int) -> Iterator[Backwards]:
+        """Run the dense blocks forwards, keeping their inputs, and yield them from the last to the first.
+
+        Yields:
+            A block with its dense weights; those of the named layers that are in it; its input for each sequence; the
+            gradient of each sequence's loss with respect to its output; its other arguments; and a list that the
+            caller fills with the gradients with respect to its inputs.
+        """
         batches = [row[None, :length] for batch in self._batches for row in batch]
         team = self._run.team
         batches = batches[: -(-samples // team.size)]
@@ -161,23 +217,13 @@ class StackMeasures:
                 wraps = [capture.output_wrapper(output) for output in outputs]
                 kept.append([capture.hidden_of(output) for output in outputs])
         grads = [self._top_gradient(*one) for one in zip(batches, kept.pop(), wraps, strict=True)]
-        sequences = int(team.total(torch.tensor(float(len(batches)))))
-        found: dict[str, GradientStats] = {}
         backwards = dict(reversed(list(self._stack.items())))
         with contextlib.closing(self._run.dense_blocks(backwards)) as dense:
             for prefix, block in zip(backwards, dense, strict=True):
                 own = {name: self._run.model.get_submodule(name) for name in names if name.startswith(f"{prefix}.")}
-                sums, grads = _backward(block, own, kept.pop(), grads, [call[len(kept)] for call in calls])
-                for name, (squares, products) in sums.items():
-                    found[name] = GradientStats(
-                        fisher=float((team.total(squares) / sequences).sqrt().mean()),
-                        second_moment=team.total(products) / sequences,
-                    )
-                    if not (
-                        math.isfinite(found[name].fisher) and bool(torch.isfinite(found[name].second_moment).all())
-                    ):
-                        raise CalibrationError(f"{name}: its gradient is not finite")
-        return {name: found[name] for name in names}
+                hidden, below = kept.pop(), list[Tensor]()
+                yield block, own, hidden, grads, [call[len(kept)] for call in calls], below
+                grads = below
 
     def _top_gradient(self, batch: Tensor, states: Tensor, wrap: capture.Wrap) -> Tensor:
         """Return the gradient of the loss of one sequence with respect to the last block's output."""
@@ -198,6 +244,37 @@ class StackMeasures:
             loss = cross_entropy(logits[0, :-1].float(), batch[0, 1:].to(logits.device))
             (gradient,) = torch.autograd.grad(loss, leaf)
         return gradient
+
+
+def _through(block: nn.Module, states: Tensor, grad: Tensor, call: capture.BlockCall) -> Tensor:
+    """Return the gradient of one sequence's loss with respect to a block's input, given that of its output."""
+    leaf = states.detach().requires_grad_(True)
+    with torch.enable_grad():
+        last = capture.hidden_of(call(block, leaf))
+        (found,) = torch.autograd.grad(last, leaf, grad.to(last.device))
+    return found
+
+
+@contextlib.contextmanager
+def _output_squares(layers: Mapping[str, nn.Module], sums: dict[str, Tensor]) -> Iterator[None]:
+    """Add the squared gradients of what layers return, token by token, within the ``with`` statement."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(grad: Tensor) -> None:
+            sums[name] += grad.detach().reshape(-1, grad.shape[-1]).double().square().sum(0).cpu()
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(add)
+
+        return after
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _backward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from hf_lowbit.calibration.stats import LinearStats, PairedStats
 from hf_lowbit.config import CalibrationRecord, LowBitConfig
 from hf_lowbit.image_config import WITH_DATA
-from hf_lowbit.recipe import LowBitRecipe
+from hf_lowbit.recipe import LowBitRecipe, with_each
 
 
 @dataclasses.dataclass
@@ -22,11 +23,13 @@ class RunReport:
         rows: one per layer, as written to ``RunOptions.report``.
         dense: reason for every linear-like layer left dense.
         seconds: duration of the run.
+        plan: what was chosen under a budget, see :mod:`hf_lowbit.budget`; empty without one.
     """
 
     rows: list[dict[str, Any]]
     dense: dict[str, str]
     seconds: float
+    plan: tuple[Mapping[str, Any], ...] = ()
 
     def summary(self) -> str:
         """Return one line: what was packed, what was left dense and why, bits per weight."""
@@ -36,9 +39,11 @@ class RunReport:
         for reason in self.dense.values():
             reasons[reason] = reasons.get(reason, 0) + 1
         left = ", ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "none"
+        idle = sum(row.get("calibration_tokens") == 0 for row in self.rows)
         return (
             f"packed {len(self.rows)} layers at {8 * stored / weights:.3f} bits per weight in {self.seconds:.0f} s; "
             f"left dense: {left}"
+            + (f"; {idle} layers of experts that no calibration token reached, from their weights alone" if idle else "")
         )
 
 
@@ -78,6 +83,5 @@ def finished_config(
         return dataclasses.replace(rule, calibration=record) if known else rule
 
     if isinstance(config, LowBitRecipe):
-        rules = tuple((pattern, recorded(rule)) for pattern, rule in config.rules)
-        return dataclasses.replace(config, rules=rules, modules=table, left_dense=dense)
+        return dataclasses.replace(config, rules=with_each(config, recorded), modules=table, left_dense=dense)
     return dataclasses.replace(recorded(config), modules=table, left_dense=dense)

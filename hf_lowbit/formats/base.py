@@ -8,6 +8,7 @@ header before a byte is read. A format does not know which method made it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
@@ -174,6 +175,11 @@ class Format:
             problems += self.check_values()
         if problems:
             raise ValueError(f"{where}: {'; '.join(problems)}")
+
+    @classmethod
+    def bytes_of(cls, spec: Any) -> int:
+        """Return the bytes of the tensors that ``spec`` calls for: what :attr:`nbytes` of such a weight is."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in cls.shapes(spec).values())
 
     @property
     def nbytes(self) -> int:

@@ -61,6 +61,12 @@ class BlockFit:
         return out if self.keep is None else out * self.keep
 
 
+def most_salient(columns: int, block_size: int, limit: int) -> int:
+    """Return how many columns can be salient if each block may have fewer than ``limit`` and leaves two plain."""
+    sizes = [min(block_size, columns - start) for start in range(0, columns, block_size)]
+    return sum(max(0, min(limit - 1, size - 2)) for size in sizes)
+
+
 FitBlock = Callable[[Tensor, int, Tensor | None, Tensor | None], BlockFit]
 
 

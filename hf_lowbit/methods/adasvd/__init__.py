@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hf_lowbit.formats import LowRankFormat
-from hf_lowbit.methods.adasvd.algorithm import factorize
+from hf_lowbit.formats import LowRankFormat, LowRankSpec
+from hf_lowbit.methods.adasvd.algorithm import factorize, largest_spec
 from hf_lowbit.methods.adasvd.options import AdaSVDConfig, stays_dense
 from hf_lowbit.methods.adasvd.ratios import filled, highest_factored, ratios_within_budget
 from hf_lowbit.numerics.importance import importance_of
@@ -60,6 +60,10 @@ def _leaves_dense(name: str, shape: tuple[int, int], options: AdaSVDConfig) -> s
     )
 
 
+def _largest(name: str, shape: tuple[int, int], options: AdaSVDConfig, dtype: torch.dtype) -> LowRankSpec:
+    return largest_spec(shape, options, name, dtype)
+
+
 register(
     Method(
         name="adasvd",
@@ -73,6 +77,7 @@ register(
         status="works: whitened truncation, adaComp, adaCR, baseline svd; factors plain, integer or of another method",
         compress=_compress,
         plan=_plan,
+        largest=_largest,
         leaves_dense=_leaves_dense,
     )
 )

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from hf_lowbit import registry
 from hf_lowbit.formats import Format, IntegerFormat, IntegerSpec
-from hf_lowbit.formats.low_rank import FACTOR_DTYPES, LowRankFormat
+from hf_lowbit.formats.low_rank import FACTOR_DTYPES, FACTORS, LowRankFormat, LowRankSpec
 from hf_lowbit.methods.adasvd.options import INTEGER, AdaSVDConfig, rank_of
 from hf_lowbit.numerics import integer, low_rank
 
@@ -89,9 +89,7 @@ def factorize(
         ValueError: weight or second moment hold NaN or infinity, or their shapes disagree.
     """
     rank = rank_of((weight.shape[0], weight.shape[1]), options.ratio_of(where), options.rank_multiple)
-    dtype = weight.dtype if options.factor_dtype == "auto" else FACTOR_DTYPES[options.factor_dtype]
-    if dtype not in FACTOR_DTYPES.values():
-        dtype = torch.float32
+    dtype = _factor_dtype(weight.dtype, options)
     weight = weight.double()
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{where}: weight holds NaN or infinity")
@@ -163,20 +161,50 @@ def _in_format(factor: Tensor, moment: Tensor | None, options: AdaSVDConfig, whe
         stats = None if moment is None else _Inputs(moment)
         held: Format = method.compress(registry.LinearUnit(where, factor.float()), stats, options.factor_config)
         return held
-    scales = "float16" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
-    rows, columns = factor.shape
-    spec = IntegerSpec(rows, columns, INTEGER[options.factors], options.factor_group, True, scales)
+    spec = _integer_spec((factor.shape[0], factor.shape[1]), options, dtype)
     fit = integer.fit(
         factor,
         moment,
         bits=spec.bits,
         group_size=spec.group_size,
         symmetric=spec.symmetric,
-        scale_dtype=FACTOR_DTYPES[scales],
+        scale_dtype=FACTOR_DTYPES[spec.scale_dtype],
         damping=INTEGER_DAMPING,
         where=where,
     )
     return IntegerFormat.pack(spec, fit.codes, fit.scale, fit.zero)
+
+
+def _integer_spec(shape: tuple[int, int], options: AdaSVDConfig, dtype: torch.dtype) -> IntegerSpec:
+    scales = "float16" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+    return IntegerSpec(*shape, INTEGER[options.factors], options.factor_group, True, scales)
+
+
+def _factor_dtype(weight_dtype: torch.dtype, options: AdaSVDConfig) -> torch.dtype:
+    found = weight_dtype if options.factor_dtype == "auto" else FACTOR_DTYPES[options.factor_dtype]
+    return found if found in FACTOR_DTYPES.values() else torch.float32
+
+
+def largest_spec(shape: tuple[int, int], options: AdaSVDConfig, where: str, weight_dtype: torch.dtype) -> LowRankSpec:
+    """Return the largest form that the factors of a layer of shape (n, m) can take.
+
+    Raises:
+        ValueError: factors are held by a method that does not say what form they take.
+    """
+    rank, dtype = rank_of(shape, options.ratio_of(where), options.rank_multiple), _factor_dtype(weight_dtype, options)
+    spec = LowRankSpec(*shape, rank, str(dtype).removeprefix("torch."))
+    if options.factors == "float":
+        return spec
+    sides = {factor: spec.shape_of(factor) for factor in FACTORS}
+    inner = options.factor_config
+    if inner is None:
+        held: dict[str, Any] = {name: _integer_spec(side, options, dtype) for name, side in sides.items()}
+        return dataclasses.replace(spec, **held)
+    largest = registry.get(inner.method).largest
+    if largest is None:
+        raise ValueError(f"{where}: {inner.method} does not say how large a factor can become")
+    held = {name: largest(f"{where}.{name}", side, inner, dtype) for name, side in sides.items()}
+    return dataclasses.replace(spec, **held)
 
 
 def _usable(

@@ -30,7 +30,7 @@ from hf_lowbit.formats.binary import SCALE_DTYPES, BinaryFormat, BinarySpec
 from hf_lowbit.methods.arb.options import ARBConfig
 from hf_lowbit.numerics import binary, partition
 from hf_lowbit.numerics.binary import BinaryFit
-from hf_lowbit.numerics.blocks import BlockFit, sweep, unpacked_parts
+from hf_lowbit.numerics.blocks import BlockFit, most_salient, sweep, unpacked_parts
 
 Trace = list[dict[str, Any]] | None
 
@@ -141,6 +141,23 @@ def _fit_group(
     if moment is None:
         raise ValueError("variant 'x' needs the second moment of the inputs")
     return binary.alternating_on_inputs(weight, mask, moment, order, options.iterations, options.x_iterations, steps)
+
+
+def largest_spec(shape: tuple[int, int], options: ARBConfig) -> BinarySpec:
+    """Return how a layer of shape (n, m) would be stored if every block had as many salient columns as it may."""
+    plain = options.variant == "rtn"
+    salient = 0 if plain else most_salient(shape[1], options.block_size, options.max_salient_per_block)
+    return BinarySpec(
+        out_features=shape[0],
+        in_features=shape[1],
+        block_size=options.block_size,
+        groups=1 if plain else options.group_splits + 1,
+        salient=salient,
+        salient_groups=options.salient_groups if salient else 0,
+        shift=options.variant in ("arb", "x", "billm"),
+        col_scales=options.variant == "rc",
+        scale_dtype=options.scale_dtype,
+    )
 
 
 def pack(blocks: list[BlockFit], columns: int, options: ARBConfig) -> BinaryFormat:

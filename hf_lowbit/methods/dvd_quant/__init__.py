@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_lowbit.formats import IntegerFormat
-from hf_lowbit.methods.dvd_quant.algorithm import quantize
+from hf_lowbit.formats import IntegerFormat, IntegerSpec
+from hf_lowbit.methods.dvd_quant.algorithm import quantize, spec_of
 from hf_lowbit.methods.dvd_quant.options import DVDQuantConfig
 from hf_lowbit.methods.dvd_quant.places import cannot_take, reason_to_leave, rounds_activations
 from hf_lowbit.registry import LinearUnit, Method, register
@@ -15,6 +15,10 @@ __all__ = ["DVDQuantConfig"]
 
 def _compress(unit: LinearUnit, stats: Any, options: DVDQuantConfig) -> IntegerFormat:
     return quantize(unit.weight, options, unit.name, rounds_activations(unit.name, options))
+
+
+def _largest(name: str, shape: tuple[int, int], options: DVDQuantConfig, dtype: Any) -> IntegerSpec:
+    return spec_of(shape, options, rounds_activations(name, options))
 
 
 register(
@@ -29,6 +33,7 @@ register(
         format="integer",
         status="works: BGR, block and full rotation, four scales of activations, balance; W4A16 to W4A4",
         compress=_compress,
+        largest=_largest,
         leaves_dense=reason_to_leave,
         cannot_take=cannot_take,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hf_lowbit.formats import BinaryFormat
-from hf_lowbit.methods.pbs2p.algorithm import quantize
+from hf_lowbit.formats import BinaryFormat, BinarySpec
+from hf_lowbit.methods.pbs2p.algorithm import largest_spec, quantize
 from hf_lowbit.methods.pbs2p.options import PBS2PConfig
 from hf_lowbit.methods.pbs2p.search import counts_within_budget
 from hf_lowbit.numerics.importance import importance_of
@@ -18,6 +18,10 @@ __all__ = ["PBS2PConfig"]
 def _compress(unit: LinearUnit, stats: Any, options: PBS2PConfig) -> BinaryFormat:
     moment = None if stats is None else stats.second_moment()
     return quantize(unit.weight, moment, options, unit.name, unit.trace)
+
+
+def _largest(name: str, shape: tuple[int, int], options: PBS2PConfig, dtype: Any) -> BinarySpec:
+    return largest_spec(shape, options, name)
 
 
 def _plan(blocks: list[BlockUnit], options: PBS2PConfig, similarity: Callable[[], dict[str, float]]) -> dict[str, int]:
@@ -49,5 +53,6 @@ register(
         status="works: any N:M up to 16, own N per decoder block; baselines arb, plain",
         compress=_compress,
         plan=_plan,
+        largest=_largest,
     )
 )

@@ -31,7 +31,7 @@ from hf_lowbit.formats.binary import SCALE_DTYPES, BinaryFormat, BinarySpec
 from hf_lowbit.methods.pbs2p import search, spbo
 from hf_lowbit.methods.pbs2p.options import PBS2PConfig
 from hf_lowbit.numerics import binary, partition
-from hf_lowbit.numerics.blocks import BlockFit, sweep, unpacked_parts
+from hf_lowbit.numerics.blocks import BlockFit, most_salient, sweep, unpacked_parts
 
 Trace = list[dict[str, Any]] | None
 # groups option -> groups of the plain columns, of the salient columns
@@ -75,6 +75,25 @@ def quantize(
         keep_m=options.m if pruned else 0,
     )
     return BinaryFormat.pack(spec, **parts)
+
+
+def largest_spec(shape: tuple[int, int], options: PBS2PConfig, where: str) -> BinarySpec:
+    """Return how a layer of shape (n, m) would be stored if every block had as many salient columns as it may."""
+    groups, halves = _GROUPS[options.groups]
+    salient = most_salient(shape[1], options.block_size, options.max_salient_per_block) if halves else 0
+    n = options.n_of(where)
+    return BinarySpec(
+        out_features=shape[0],
+        in_features=shape[1],
+        block_size=options.block_size,
+        groups=groups,
+        salient=salient,
+        salient_groups=halves if salient else 0,
+        shift=True,
+        scale_dtype=options.scale_dtype,
+        keep_n=n if n < options.m else 0,
+        keep_m=options.m if n < options.m else 0,
+    )
 
 
 def quantize_blocks(
