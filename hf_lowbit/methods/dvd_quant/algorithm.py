@@ -24,6 +24,12 @@ Differs from the printed Algorithm 1, where that cannot be meant:
   point of a row around 8 would be far outside of the codes, and clamping it would spoil the row.
 * Steps are rounded to the dtype they are stored in before codes are made, so that used and stored ones are the same.
 
+Every rotation is made while the model runs. Only that of an attention's output could move into weights (attention is
+linear in the values, so blocks within a head would turn the rows of the value projection and the columns of the output
+projection). It does not: the pair would then only be right together, and adapters, ``dequantize()`` and recipes with
+another method for one of them take layers one by one; rotating is at most some percent of a product's time
+(``python -m benchmarks.kernels.integer --rounding``).
+
 Source: DVD-Quant (arXiv 2505.18663), Eq. 1-9 and Algorithm 1.
 """
 
@@ -38,6 +44,7 @@ from torch import Tensor
 from hf_lowbit.formats import IntegerFormat, IntegerSpec
 from hf_lowbit.formats.integer import SCALE_DTYPES
 from hf_lowbit.methods.dvd_quant.options import DVDQuantConfig
+from hf_lowbit.numerics import integer
 from hf_lowbit.numerics import rotation as turning
 from hf_lowbit.numerics.integer import IntegerFit, codes_of, grid_of
 
@@ -270,7 +277,32 @@ def spec_of(shape: tuple[int, int], options: DVDQuantConfig, activations: bool =
     )
 
 
-def quantize(weight: Tensor, options: DVDQuantConfig, where: str, activations: bool = True) -> IntegerFormat:
+def turned_moment(moment: Tensor, smooth: Tensor | None, signs: Tensor | None, order: int) -> Tensor:
+    """Return the second moment of inputs as they meet the codes: divided by factors, signed, rotated.
+
+    Args:
+        moment: (m, m), of the inputs as they come.
+        smooth: (m,), > 0, or None.
+        signs: (m,), +1 and -1, or None.
+        order: of the rotation, 0 for none.
+
+    Returns:
+        (m, m), float64.
+    """
+    factors = torch.ones(len(moment), dtype=torch.float64, device=moment.device)
+    factors = factors if smooth is None else factors / smooth.double()
+    factors = factors if signs is None else factors * signs.double()
+    scaled = moment.double() * factors * factors[:, None]
+    return turning.rotate(turning.rotate(scaled, order).T.contiguous(), order)
+
+
+def quantize(
+    weight: Tensor,
+    options: DVDQuantConfig,
+    where: str,
+    activations: bool = True,
+    second_moment: Tensor | None = None,
+) -> IntegerFormat:
     """Quantize the weight of a linear layer.
 
     Args:
@@ -278,6 +310,7 @@ def quantize(weight: Tensor, options: DVDQuantConfig, where: str, activations: b
         options: of the method.
         where: name of the layer, for messages.
         activations: whether its inputs are rounded, too.
+        second_moment: (m, m), any positive multiple of Σ x xᵀ over the layer's inputs; None for a run without data.
 
     Returns:
         A validated format.
@@ -301,5 +334,18 @@ def quantize(weight: Tensor, options: DVDQuantConfig, where: str, activations: b
     if spec.rotation_signs and options.rotation_signs_seed is not None:
         signs = turning.random_signs(spec.in_features, options.rotation_signs_seed).to(rows.device)
         rows = rows * signs.float()
-    found = fit(turning.rotate(rows, spec.rotation), spec.group_size, Search.of(options), where)
+    rows = turning.rotate(rows, spec.rotation)
+    if second_moment is None:
+        found = fit(rows, spec.group_size, Search.of(options), where)
+    else:
+        found = integer.fit(
+            rows,
+            turned_moment(second_moment, smooth, signs, spec.rotation),
+            bits=spec.bits,
+            group_size=spec.group_size,
+            symmetric=spec.symmetric,
+            scale_dtype=dtype,
+            damping=options.damping,
+            where=where,
+        )
     return IntegerFormat.pack(spec, found.codes, found.scale, found.zero, smooth, signs)
