@@ -46,7 +46,7 @@ def default_candidates(calibration: Any = None, **data: Any) -> list[LowBitConfi
 
     integers: Any = registry.config_class("dvd_quant")
     pairs = ((2, 128), (2, 64), (2, 32), (2, 16), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (8, 128))
-    found = [integers(w_bits=bits, group_size=group, delta=None, a_bits=16) for bits, group in pairs]
+    found = [integers(w_bits=bits, group_size=group, preset="weights") for bits, group in pairs]
     if calibration is not None:
         found = [dataclasses.replace(one, calibration=calibration, **data) for one in found]
     return list(found)

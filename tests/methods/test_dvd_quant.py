@@ -13,7 +13,15 @@ import hf_lowbit
 from hf_lowbit import DVDQuantConfig, LowBitConfig, UnsupportedModelError, packed_modules, registry
 from hf_lowbit.kernels.rounding import quantize_activation
 from hf_lowbit.methods.dvd_quant import places
-from hf_lowbit.methods.dvd_quant.algorithm import Search, column_balance, fit, grids, quantize, rotation_of
+from hf_lowbit.methods.dvd_quant.algorithm import (
+    Search,
+    column_balance,
+    fit,
+    grids,
+    quantize,
+    rotation_of,
+    turned_moment,
+)
 from hf_lowbit.numerics.rotation import rotate
 
 HALF = torch.float16
@@ -242,6 +250,7 @@ CHANGES = {
 }  # fmt: skip
 # options that need others to matter, and options of the run-time part
 ELSEWHERE = {"a_bits": {"delta": None}, "modulation": None, "layers": None, "a_bits_low": None, "warmup_steps": None}
+ELSEWHERE |= {"damping": None, "samples": None, "sequence_length": None, "seed": None}  # with calibration
 
 
 def test_every_option_is_looked_at():
@@ -256,6 +265,48 @@ def test_every_option_changes_the_result(name):
         return quantize(weight, DVDQuantConfig(**options), "layer").linear(x, None)
 
     assert not torch.equal(out(), out(**CHANGES[name]))
+
+
+def inputs_of(columns=256, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(600, 24, generator=generator) @ torch.randn(24, columns, generator=generator)
+    return mixed + 0.3 * torch.randn(600, columns, generator=generator)
+
+
+@pytest.mark.parametrize("options", [{}, {"rotation": "full"}, {"rotation": "none"}, {"rotation_signs_seed": 3}])
+def test_the_second_moment_is_that_of_the_inputs_that_meet_the_codes(options):
+    x, weight = inputs_of().double(), weight_of()
+    weight[:, 5] *= 300  # so that a factor is stored
+    form = quantize(weight, DVDQuantConfig(preset="weights", **options), "layer")
+    turned = x if form.smooth is None else x / form.smooth.double()
+    turned = turned if form.rotation_signs is None else turned * form.rotation_signs.double()
+    turned = rotate(turned, form.spec.rotation)
+    found = turned_moment(x.T @ x, form.smooth, form.rotation_signs, form.spec.rotation)
+    torch.testing.assert_close(found, turned.T @ turned, rtol=1e-9, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_with_calibration_outputs_lose_less(bits):
+    x, weight = inputs_of(), weight_of(48)
+    options = {"w_bits": bits, "group_size": 64, "preset": "weights"}
+
+    def lost(moment, **more):
+        found = quantize(weight, DVDQuantConfig(**options, **more), "layer", second_moment=moment).unpack()
+        return float((x @ (weight - found).T).square().sum() / (x @ weight.T).square().sum())
+
+    alone, together = lost(None), lost(x.T @ x)
+    assert together < 0.5 * alone
+    assert lost(x.T @ x, damping=1.0) > together
+    # inputs that have nothing in common leave nothing to make up for
+    own, same = (quantize(weight, DVDQuantConfig(**options), "layer", second_moment=moment)
+                 for moment in (torch.eye(256), 7 * torch.eye(256)))  # fmt: skip
+    assert torch.equal(own.packed, same.packed)
+
+
+def test_calibration_is_for_the_search_only():
+    with pytest.raises(ValueError, match="baseline without data"):
+        DVDQuantConfig(calibration="wikitext2", weight_init="minmax")
+    assert DVDQuantConfig().needs == "none" and DVDQuantConfig(calibration="wikitext2").needs == "tokens"
 
 
 def test_bits_of_activations_and_aliases():

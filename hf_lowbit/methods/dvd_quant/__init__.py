@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from hf_lowbit.formats import IntegerFormat, IntegerSpec
 from hf_lowbit.methods.dvd_quant.algorithm import quantize, spec_of
 from hf_lowbit.methods.dvd_quant.options import DVDQuantConfig
@@ -14,7 +16,8 @@ __all__ = ["DVDQuantConfig"]
 
 
 def _compress(unit: LinearUnit, stats: Any, options: DVDQuantConfig) -> IntegerFormat:
-    return quantize(unit.weight, options, unit.name, rounds_activations(unit.name, options))
+    moment = None if stats is None else stats.second_moment(torch.float64)
+    return quantize(unit.weight, options, unit.name, rounds_activations(unit.name, options), moment)
 
 
 def _largest(name: str, shape: tuple[int, int], options: DVDQuantConfig, dtype: Any) -> IntegerSpec:

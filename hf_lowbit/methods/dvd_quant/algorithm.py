@@ -23,6 +23,8 @@ Differs from the printed Algorithm 1, where that cannot be meant:
 * The zero point is rounded and then clamped; it must be a code. Ranges contain 0 for the same reason: the zero
   point of a row around 8 would be far outside of the codes, and clamping it would spoil the row.
 * Steps are rounded to the dtype they are stored in before codes are made, so that used and stored ones are the same.
+* With a second moment of the inputs, which the paper's method does without, columns make up for each other's rounding
+  in the rotated basis, and grids are searched with the inputs' weights: :func:`hf_lowbit.numerics.integer.fit`.
 
 Every rotation is made while the model runs. Only that of an attention's output could move into weights (attention is
 linear in the values, so blocks within a head would turn the rows of the value projection and the columns of the output

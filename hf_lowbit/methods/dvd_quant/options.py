@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from hf_lowbit.config import LowBitConfig, option, shown
+from hf_lowbit.config import CalibratedConfig, option, shown
 from hf_lowbit.formats.integer import SCALE_DTYPES
 from hf_lowbit.numerics.rotation import BLOCKS
 
@@ -43,7 +43,7 @@ def _bits(value: Any) -> str | None:
 
 
 @dataclasses.dataclass(kw_only=True)
-class DVDQuantConfig(LowBitConfig):
+class DVDQuantConfig(CalibratedConfig):
     """INT4 weights and rounded activations for diffusion transformers, without data (DVD-Quant, arXiv 2505.18663).
 
     ``DVDQuantConfig()`` stores weights of 4 bits and rounds activations to 8, or in diffusion steps that change little
@@ -55,6 +55,10 @@ class DVDQuantConfig(LowBitConfig):
     In a diffusion transformer the attention and feed-forward layers of the repeated blocks are rounded on both sides,
     their modulation in weights only, and all else stays dense. In any other model all layers that are compressed are
     rounded on both sides, with the stored width: nothing there has diffusion steps.
+
+    ``DVDQuantConfig(preset="weights")`` rounds weights alone. In language models ``calibration`` lets columns make up for
+    each other's rounding on the inputs that a layer gets (GPTQ, arXiv 2210.17323, in the rotated basis), which the
+    paper's method, being without data, does not.
     """
 
     method: ClassVar[str] = "dvd_quant"
@@ -63,8 +67,10 @@ class DVDQuantConfig(LowBitConfig):
         "paper": {"group_size": -1, "rotation": "full", "balance": "none", "delta": 0.09, "refine": "full"},
         "w4a8": {"delta": None, "a_bits": 8},
         "w4a4": {"delta": None, "a_bits": 4},
+        "weights": {"delta": None, "a_bits": 16},
     }
 
+    calibration: Any = dataclasses.field(default=None, repr=False)
     w_bits: int = option(4, "bits of a weight", choices=(2, 3, 4, 8))
     group_size: int = option(
         32, "columns that share a weight scale, a multiple of 16; -1: one scale for each row", check=_columns_or_row
@@ -129,12 +135,17 @@ class DVDQuantConfig(LowBitConfig):
         "blocks", "compress layers of repeated blocks, or all that skip leaves", choices=("blocks", "all")
     )
     scale_dtype: str = option("float16", "dtype of stored scales", choices=tuple(SCALE_DTYPES))
+    damping: float = option(
+        0.01, "share of the mean diagonal added to the second moment, with calibration", low=1e-8, high=1.0
+    )
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, empty if nothing is."""
         found = super().problems()
         if not found and self.a_bits_low > self.a_bits_high:
             found.append(f"a_bits_low must not exceed a_bits_high = {self.a_bits_high}, got {self.a_bits_low}")
+        if not found and self.calibration is not None and self.weight_init not in ("bgr", "pbq"):
+            found.append(f"weight_init={self.weight_init!r} is a baseline without data; leave calibration out")
         return found
 
     @property
