@@ -137,7 +137,8 @@ def of_block(
 def _numbers(run: Run, sizes: list[int]) -> Tensor:
     """Return the numbers, among all calibration sequences, of those in the batches of this process."""
     first = [(run.team.rank + i * run.team.size) * run.options.batch_size for i in range(len(sizes))]
-    return torch.cat([torch.arange(start, start + size) for start, size in zip(first, sizes, strict=True)])
+    own = [torch.arange(start, start + size) for start, size in zip(first, sizes, strict=True)]
+    return torch.cat([torch.arange(0), *own])  # nothing is run where only inputs in the dense model are asked for
 
 
 def _asking(run: Run, names: list[str], stream: str) -> list[str]:
