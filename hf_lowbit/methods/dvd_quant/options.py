@@ -56,8 +56,8 @@ class DVDQuantConfig(CalibratedConfig):
     their modulation in weights only, and all else stays dense. In any other model all layers that are compressed are
     rounded on both sides, with the stored width: nothing there has diffusion steps.
 
-    ``DVDQuantConfig(preset="weights")`` rounds weights alone. In language models ``calibration`` lets columns make up for
-    each other's rounding on the inputs that a layer gets (GPTQ, arXiv 2210.17323, in the rotated basis), which the
+    ``DVDQuantConfig(preset="weights")`` rounds weights alone. In language models ``calibration`` lets columns make up
+    for each other's rounding on the inputs that a layer gets (GPTQ, arXiv 2210.17323, in the rotated basis), which the
     paper's method, being without data, does not.
     """
 
