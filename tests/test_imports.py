@@ -28,6 +28,7 @@ RANKS = {
     "compress": 5,
     "cache": 5,
     "hf": 6,
+    "serving": 6,
     "cli": 7,
 }
 # Names of files and folders that share a room.
@@ -43,6 +44,7 @@ ROOM_OF = {
 
 # The registries of these libraries are the business of one folder.
 ONLY_IN_HF = ("transformers.quantizers", "diffusers")
+ONLY_IN_SERVING = ("vllm",)
 NEVER_IMPORTED = ("assets", "tests", "benchmarks", "examples", "pickle", "cPickle", "cloudpickle", "dill", "joblib")
 NEVER_NAMED = ("torch.load", "os.environ", "os.getenv", "pickle")
 NEVER_CALLED = ("eval", "exec")
@@ -66,6 +68,8 @@ def _import_complaints(parts: tuple[str, ...], tree: ast.Module, package: Path) 
             yield line, f"imports {target}, which the package never does"
         if _is_or_below(target, ONLY_IN_HF) and parts[0] != "hf":
             yield line, f"imports {target}, which only hf/ may"
+        if _is_or_below(target, ONLY_IN_SERVING) and parts[0] != "serving":
+            yield line, f"imports {target}, which only serving/ may"
         if target.split(".")[0] == "hf_lowbit" and parts != ("__init__",):
             complaint = _arrow_complaint(parts, tuple(target.split(".")[1:]))
             if complaint:
@@ -178,6 +182,9 @@ def test_the_package_keeps_its_rules() -> None:
         ("config.py", "import transformers\nx = transformers.quantizers.HfQuantizer"),
         ("cache/layer.py", "import diffusers"),
         ("report/inspect.py", "from diffusers.models import ModelMixin"),
+        ("hf/entry.py", "from vllm import LLM"),
+        ("hf/entry.py", "from hf_lowbit.serving import register"),
+        ("serving/vllm.py", "from hf_lowbit.hf import entry"),
         ("calibration/data.py", "import assets"),
         ("__init__.py", "from benchmarks.quality import arb"),
         ("hf/save.py", "import pickle"),
@@ -209,6 +216,7 @@ def test_what_is_allowed_raises_no_complaint(tmp_path: Path) -> None:
             "hf/card.py": "from ..report import inspect\nfrom hf_lowbit import __version__\nimport diffusers",
             "hf/transformers.py": "from transformers.quantizers import HfQuantizer",
             "report/inspect.py": "from hf_lowbit.hf.save import read\nprint('a table')",
+            "serving/vllm.py": "import vllm\nfrom hf_lowbit.compress import plan",
             "cli.py": "import hf_lowbit\nfrom hf_lowbit.hf import hub\nprint('a line')",
         },
     )

@@ -97,6 +97,25 @@ def read_headers(file: str | Path) -> dict[str, TensorHeader]:
     return by_module_name(found, metadata, path.name)
 
 
+def read_all_headers(files: Iterable[str | Path]) -> tuple[dict[str, TensorHeader], list[str]]:
+    """Read the headers of all files of a model.
+
+    Returns:
+        The tensors by the names they have in the model, and which of them lie in two files.
+
+    Raises:
+        CheckpointError: as :func:`read_headers`.
+    """
+    headers: dict[str, TensorHeader] = {}
+    problems = []
+    for file in files:
+        found = read_headers(file)
+        twice = sorted(headers.keys() & found.keys())
+        problems += [f"{name}: is in {headers[name].file} and in {found[name].file}" for name in twice]
+        headers |= found
+    return headers, problems
+
+
 def by_module_name(tensors: Iterable[TensorHeader], metadata: Mapping[str, str], file: str) -> dict[str, TensorHeader]:
     """Return the tensors of a file by the names they have in the model.
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from hf_lowbit.compress import CheckpointSource
 from hf_lowbit.compress.checksums import problems_on_load
-from hf_lowbit.compress.headers import TensorHeader, compare, packed_layer_spec, read_headers, unlisted
+from hf_lowbit.compress.headers import TensorHeader, compare, packed_layer_spec, read_all_headers, unlisted
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.experts import expert_lists, fused_name, fused_parameters, is_supported, put_together, take_apart
@@ -82,13 +82,7 @@ def build_skeleton(model: Any, table: Mapping[str, Any], files: Iterable[str]) -
     Raises:
         CheckpointError: a file cannot be read, or table, files and model disagree; names layers and files.
     """
-    headers: dict[str, TensorHeader] = {}
-    problems = []
-    for file in files:
-        found = read_headers(file)
-        twice = sorted(headers.keys() & found.keys())
-        problems += [f"{name}: is in {headers[name].file} and in {found[name].file}" for name in twice]
-        headers |= found
+    headers, problems = read_all_headers(files)
     _take_apart_listed(model, table)
     known = {name for name, _ in model.named_modules()}
     for stored, row in table.items():
