@@ -118,7 +118,8 @@ def of_block(
     }
     run.team.add_up(found)
     idle = [name for name in experts if not found[name].tokens]
-    if idle:
+    run.idle |= set(idle)
+    if idle and run.team.leads:
         logger.warning(
             "%d experts received no calibration token and are compressed from their weights alone (%s)",
             len(idle),
