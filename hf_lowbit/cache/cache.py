@@ -14,6 +14,7 @@ from hf_lowbit.cache.attention import LatentAttention
 from hf_lowbit.cache.layers import LatentLayer
 from hf_lowbit.cache.layout import check_codes
 from hf_lowbit.kernels.latent_codec import SINK_TOKENS
+from hf_lowbit.layers import check_model
 
 
 class ReCalKVCache(Cache):
@@ -33,6 +34,7 @@ class ReCalKVCache(Cache):
         offload_only_non_sliding: leave layers with a sliding window, which are small, where they are.
 
     Raises:
+        TypeError: ``config`` is no config of a model.
         ValueError: an option is out of range, or two of them exclude each other.
     """
 
@@ -48,6 +50,11 @@ class ReCalKVCache(Cache):
         offload_only_non_sliding: bool = True,
     ) -> None:
         check_codes(latent_bits, recent_window, sink_tokens)
+        if not isinstance(config, PretrainedConfig):
+            raise TypeError(
+                f"config must be that of a model, model.config, got {type(config).__name__}; for a model there is "
+                "ReCalKVCache.from_model"
+            )
         if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
             raise ValueError(f"max_cache_len must be None or an integer from 1, got {max_cache_len!r}")
         if recent_window and max_cache_len is not None:
@@ -71,6 +78,7 @@ class ReCalKVCache(Cache):
             options: as for the class; without ``latent_bits``, how latents are kept is by default the model's choice.
 
         Raises:
+            TypeError: it is no model, or there is no such option.
             ValueError: the model has no latent attention, or an option is out of range.
         """
         attentions = attention_by_layer(model)
@@ -83,6 +91,22 @@ class ReCalKVCache(Cache):
         for index, layout in layouts.items():
             claim(cache, index, layout)
         return cache
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store what a layer computed, as all caches do.
+
+        Raises:
+            ValueError: no layer gave latents: the model has no latent attention, and would keep dense keys and values.
+        """
+        stored = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == len(self.layers) - 1 and not any(isinstance(layer, LatentLayer) for layer in self.layers):
+            raise ValueError(
+                "a ReCalKVCache is for models with latent attention, and this model has none; compress it with "
+                "ReCalKVConfig, or use another cache"
+            )
+        return stored
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the latest tokens from all layers, or, if one of them cannot, from none.
@@ -112,8 +136,10 @@ def attention_by_layer(model: nn.Module) -> dict[int, Any]:
     """Return the modules with latent attention of a model by the index of their cache layer.
 
     Raises:
+        TypeError: it is no model.
         ValueError: it has none, or two for one layer.
     """
+    check_model(model, "model")
     found: dict[int, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, LatentAttention):
@@ -135,7 +161,12 @@ def cache_bytes(cache: Cache) -> dict[str, int]:
     Returns:
         Bytes of "latents" or "codes" (scales and zero points are part of the codes), "first" and "recent" tokens kept
         in full, "positions", "dense" (layers that no latent attention has used) and their "total".
+
+    Raises:
+        TypeError: it is no cache.
     """
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be a cache of transformers, got {type(cache).__name__}")
     counts = dict.fromkeys(("latents", "codes", "first", "recent", "positions", "dense"), 0)
     seen: set[tuple[torch.device, int]] = set()
     for layer in cache.layers:

@@ -77,10 +77,16 @@ def save_cache(cache: Cache, model: nn.Module, path: str | Path) -> None:
         path: of the file.
 
     Raises:
+        TypeError: ``cache`` is no cache, or ``model`` no model.
         ValueError: the cache is empty or static, not all of its layers hold latents, or another model filled it.
         FileNotFoundError: there is no folder for the file.
+        IsADirectoryError: ``path`` is a folder.
     """
     path = Path(path)
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be a cache of transformers, got {type(cache).__name__}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the file a name in it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder; make it first")
     attentions = attention_by_layer(model)

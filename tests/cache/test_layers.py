@@ -319,6 +319,22 @@ class TestRefusals:
         with pytest.raises(ValueError, match="already holds 6 tokens of dense keys and values"):
             latent(tokens(2, 1), past_key_values=cache)
 
+    @pytest.mark.parametrize("options", [{}, {"latent_bits": 4}, {"max_cache_len": 20}], ids=str)
+    def test_a_model_that_has_no_latents(self, options):
+        """It would fill the cache with dense keys and values, and nobody would notice."""
+        dense = dense_model("llama")
+        with pytest.raises(ValueError, match="is for models with latent attention, and this model has none"):
+            dense(tokens(2, 6), past_key_values=ReCalKVCache(dense.config, **options))
+
+    def test_what_is_no_model_or_cache(self, latent):
+        for wrong in (latent, None, "config.json"):
+            with pytest.raises(TypeError, match=r"config must be that of a model, model\.config, got"):
+                ReCalKVCache(wrong)
+        with pytest.raises(TypeError, match="model must be a model, got str"):
+            ReCalKVCache.from_model("model")
+        with pytest.raises(TypeError, match="cache must be a cache of transformers, got tuple"):
+            cache_bytes(())
+
     def test_another_dtype(self, latent, cache):
         model = copy.deepcopy(latent).bfloat16()
         with pytest.raises(ValueError, match=r"holds torch.float32 latents and was given torch.bfloat16"):

@@ -126,6 +126,14 @@ class TestSaving:
     def test_a_folder_that_is_not_there(self, latent, tmp_path):
         with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
             save_cache(prefix(latent), latent, tmp_path / "nowhere" / "a")
+        with pytest.raises(IsADirectoryError, match="is a folder; give the file a name in it"):
+            save_cache(prefix(latent), latent, tmp_path)
+
+    def test_arguments_the_wrong_way_round(self, latent, tmp_path):
+        with pytest.raises(TypeError, match="cache must be a cache of transformers, got LlamaForCausalLM"):
+            save_cache(latent, prefix(latent), tmp_path / "a")
+        with pytest.raises(TypeError, match="model must be a model, got ReCalKVCache"):
+            load_cache(prefix(latent), tmp_path / "a")
 
 
 class TestLoading:
