@@ -20,6 +20,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # A larger core would be one large dense product per layer; all orders of known transformers do with 140.
 LARGEST_CORE = 512
@@ -74,9 +75,14 @@ def core_entries(core: int) -> tuple[tuple[int, ...], ...]:
     )  # fmt: skip
 
 
-@functools.cache
 def _factors(order: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """The Kronecker factors of the normalized matrix; a core of 1 is left out."""
+    if is_in_torch_dispatch_mode():  # what is made now may be without contents, and must not be kept
+        return _made_factors(order, dtype, device)
+    return _kept_factors(order, dtype, device)
+
+
+def _made_factors(order: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     core = core_of(order)
     if core is None:
         raise ValueError(f"no Hadamard matrix of order {order} is known here; {WHICH}")
@@ -91,6 +97,9 @@ def _factors(order: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
             found.append(_sylvester(size).to(device, dtype))
             left //= size
     return tuple(found)
+
+
+_kept_factors = functools.cache(_made_factors)
 
 
 def _sylvester(order: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_lowbit.numerics.rotation import BLOCKS, block_order, core_of, full_order, hadamard, random_signs, rotate
 
@@ -85,3 +86,11 @@ def test_matrices_made_without_gradients_serve_later_ones():
 def test_what_has_no_floating_columns_is_refused(x):
     with pytest.raises(ValueError, match="rotated are floating"):
         rotate(x, 4)
+
+
+def test_a_call_on_tensors_without_contents_spoils_no_later_one():
+    order = 44  # whose matrix in float32 no other test has made
+    with FakeTensorMode():
+        assert rotate(torch.empty(2, order), order).shape == (2, order)
+    x = torch.randn(2, order)
+    torch.testing.assert_close(rotate(rotate(x, order), order, inverse=True), x)
