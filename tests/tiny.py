@@ -123,6 +123,16 @@ def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, 
     return getattr(transformers, model_class)(config).to(dtype).eval()
 
 
+def closed_router(architecture: str = "mixtral") -> PreTrainedModel:
+    """Return a model with experts, the first of which no token reaches."""
+    model = tiny_model(architecture, num_experts_per_tok=1)
+    with torch.no_grad():
+        for block in model.model.layers:
+            router = block.mlp.gate.weight
+            router[0], router[2] = 0, -router[1]  # of the experts 1 and 2, one has a logit above 0
+    return model
+
+
 def tokens(samples: int = 4, length: int = 24) -> torch.Tensor:
     """Return (samples, length) token ids, the same every time."""
     generator = torch.Generator().manual_seed(7)

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_lowbit.cli import sharing
-from hf_lowbit.cli.base import AsJson, Debug, Packed, app, command, show, show_json, show_tables
+from hf_lowbit.cli import budget, sharing
+from hf_lowbit.cli.base import AsJson, Debug, Packed, app, command, require_model, show, show_json, show_tables
+from hf_lowbit.cli.budget import TargetBits, TargetBytes, show_plan, targets_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -48,6 +49,8 @@ def quantize(
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Config or recipe instead of a method.")
     ] = None,
+    target_bits: TargetBits = None,
+    target_bytes: TargetBytes = None,
     skip: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Modules to leave dense, such as '*.down_proj'.")
     ] = None,
@@ -83,9 +86,12 @@ def quantize(
 
     hf-lowbit quantize org/model model-1bit --method arb --calibration notes.txt
 
+    Under a budget: --target-bits 2.5 instead of --method chooses what each layer gets; `hf-lowbit plan` only looks.
+
     Quicker: --samples 32 --sequence-length 512 --option iterations=3. Without data (much worse): --calibration none.
 
-    In several processes: torchrun --nproc-per-node 2 -m hf_lowbit quantize ...
+    In several processes: torchrun --nproc-per-node 2 -m hf_lowbit quantize ...; if one dies, all stop, and --resume
+    goes on.
     """
     from hf_lowbit.cli.options import config_of
     from hf_lowbit.compress.team import Team, join, leave
@@ -97,14 +103,15 @@ def quantize(
     if calibration == "none":
         fields["calibration"] = None
     journal = out.expanduser().resolve().with_name(f".{out.name}.run")
-    run = RunOptions(batch_size=batch_size, journal=journal, resume=resume)
-    config = config_of(method, option or [], recipe, skip or [], fields, run)
+    on_plan = None if as_json else show_plan
+    run = RunOptions(batch_size=batch_size, journal=journal, resume=resume, on_plan=on_plan)
+    config = config_of(method, option or [], recipe, skip or [], fields, run, targets_of(target_bits, target_bytes))
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     check_shard_size(max_shard_size)
     join()
     team = Team()
-    target = check_target(out, overwrite)
+    target = check_target(out, overwrite) if team.leads else out.expanduser().resolve()
     if journal.exists() and not resume and team.leads:  # the others may be so late that the run has begun
         raise ValueError(f"{journal}: holds an unfinished run; go on with --resume, or remove this folder")
     if Path(model).exists() and Path(model).resolve() == target:
@@ -115,7 +122,7 @@ def quantize(
     from hf_lowbit.report.inspect import inspect as inspect_folder
     from hf_lowbit.report.tables import inspection_json, size_text
 
-    _require_model(model)
+    require_model(model)
     auto = auto_class(model)
     companion = load_companion(model, auto)
     packed: Any = auto.from_pretrained(model, quantization_config=config, dtype=dtype)
@@ -129,7 +136,8 @@ def quantize(
         return
     inspection = inspect_folder(out)
     if as_json:
-        content = {"seconds": report.seconds, "left_dense": report.dense}
+        content: dict[str, Any] = {"seconds": report.seconds, "left_dense": report.dense}
+        content |= {"plan": list(report.plan)} if report.plan else {}
         show_json({**content, **inspection_json(inspection, layers=False)})
         return
     show(report.summary())
@@ -137,12 +145,6 @@ def quantize(
         f"saved to {out}: {size_text(inspection.total_bytes)} on disk, "
         f"{inspection.bits_per_parameter:.3f} bits per parameter of the whole model"
     )
-
-
-def _require_model(name: str) -> None:
-    """Refuse what is visibly neither a folder nor a name on the Hub; transformers' own message is a page."""
-    if not Path(name).is_dir() and (Path(name).exists() or name.count("/") > 1 or name.startswith((".", "~"))):
-        raise ValueError(f"{name}: no such folder, and not the name of a model on the Hub")
 
 
 @command()
@@ -298,7 +300,7 @@ def generate(
 
     from hf_lowbit.hf.auto import auto_class, load_tokenizer
 
-    _require_model(path)
+    require_model(path)
     tokenizer = load_tokenizer(path)
     has_template = bool(tokenizer.chat_template)
     inputs: Any
@@ -428,6 +430,7 @@ def environment(as_json: AsJson = False, debug: Debug = False) -> None:
         show("paste this into a bug report")
 
 
+budget.add()
 sharing.add()
 
 

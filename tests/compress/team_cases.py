@@ -34,7 +34,7 @@ from hf_lowbit.hf.save import save_model
 from tests.compress.test_planning import sparse
 from tests.hf.test_transformers import quick
 from tests.methods import test_condiquant
-from tests.tiny import tiny_model, tokens
+from tests.tiny import closed_router, tiny_model, tokens
 from tests.video_pipelines import wan
 
 DATA = {"calibration": tokens(8), "samples": 8}
@@ -78,16 +78,6 @@ CASES: dict[str, tuple[str, Any]] = {
 FAILING = ("llama-few", "llama-broken")
 EXACT = ("llama-free", "llama-one-layer", "llama-integer", "mixtral-free", "wan-integer")
 KINDS = {"swin": Swin2SRForImageSuperResolution, "wan": WanTransformer3DModel}
-
-
-def closed_router(architecture: str = "mixtral") -> Any:
-    """Return a model with experts, the first of which no token reaches."""
-    model = tiny_model(architecture, num_experts_per_tok=1)
-    with torch.no_grad():
-        for block in model.model.layers:
-            router = block.mlp.gate.weight
-            router[0], router[2] = 0, -router[1]  # of the experts 1 and 2, one has a logit above 0
-    return model
 
 
 def save_dense(folder: Path, names: set[str]) -> None:

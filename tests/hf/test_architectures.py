@@ -17,12 +17,13 @@ from transformers import (
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 import hf_lowbit
-from hf_lowbit import CheckpointError, LowBitRecipe, PackedLinear, UnsupportedModelError, packed_modules
+from hf_lowbit import AdaSVDConfig, CheckpointError, LowBitRecipe, PackedLinear, UnsupportedModelError, packed_modules
 from hf_lowbit.experts import ExpertWeights
 from hf_lowbit.report.inspect import inspect
 from hf_lowbit.report.verify import verify
+from tests.compress.test_planning import sparse
 from tests.hf.test_transformers import QUIET, logits, quick
-from tests.tiny import VOCABULARY, WITH_EXPERTS, tiny_llava, tiny_model, tiny_t5, tiny_umt5, tokens
+from tests.tiny import VOCABULARY, WITH_EXPERTS, closed_router, tiny_llava, tiny_model, tiny_t5, tiny_umt5, tokens
 
 DATA = pytest.mark.parametrize("calibrated", [True, False], ids=["calibrated", "data-free"])
 
@@ -116,6 +117,32 @@ def test_experts_that_no_token_reaches_are_compressed_from_their_weights(caplog)
         f"received no calibration token and are compressed from their weights alone ({idle[0]['module']}"
         in caplog.text
     )
+    assert torch.isfinite(logits(model)).all()
+
+
+IDLE = {
+    "arb": (quick, ["mixtral", "qwen3_moe"]),
+    "pbs2p": (sparse, ["mixtral"]),
+    "adasvd": (lambda **data: AdaSVDConfig(ratio=0.5, importance="uniform", run=QUIET, **data), ["mixtral"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "architecture"), [(method, kind) for method, (_, kinds) in IDLE.items() for kind in kinds]
+)
+def test_an_expert_without_tokens_is_packed_as_without_data(method, architecture):
+    config = IDLE[method][0]
+    report = hf_lowbit.quantize(model := closed_router(architecture), config(calibration=tokens(), samples=4))
+    hf_lowbit.quantize(free := closed_router(architecture), config(calibration=None))
+    idle = [row["module"] for row in report.rows if row["calibration_tokens"] == 0]
+    experts = [f"model.layers.{i}.mlp.experts.each_{part}_proj.0" for i in range(2) for part in ("gate_up", "down")]
+    assert idle == experts
+    ours, theirs = packed_modules(model), packed_modules(free)
+    for name in idle:
+        if ours[name].spec == theirs[name].spec:  # ranks and N of a block may be planned with data
+            state = theirs[name].packed.state()
+            assert all(torch.equal(part, state[leaf]) for leaf, part in ours[name].packed.state().items())
+    assert any(ours[name].spec == theirs[name].spec for name in idle)
     assert torch.isfinite(logits(model)).all()
 
 
