@@ -1,11 +1,12 @@
 """A checkpoint of the shape of an 8-billion-parameter model, made shard by shard, to compress under a memory ceiling.
 
     python -m benchmarks.big make FOLDER                 # 16 GB; one block in memory at a time
-    python -m benchmarks.big run FOLDER WORK             # compress, kill, resume, compare; writes scale/8b.json
+    python -m benchmarks.big run FOLDER WORK [--whole]   # compress, kill, resume, compare; writes scale/8b.json
 
-``run`` goes through the command line of the package, once undisturbed and once killed half way and resumed, on one
-thread. A watcher reads the memory of the process ten times a second and ends it when what cannot be reclaimed
-(anonymous memory) passes the ceiling; pages of mapped files, which the system can drop, are stated beside it.
+``run`` goes through the command line of the package, on one thread: killed half way, resumed, and compared with layers
+packed alone, or with ``--whole`` with all of a run that nothing disturbs. A watcher reads the memory of the process
+ten times a second and ends it when what cannot be reclaimed (anonymous memory) passes the ceiling; pages of mapped
+files, which the system can drop, are stated beside it.
 
 The weights are random, so nothing is said of quality. What they share with real ones is what packing meets: matrices
 of real sizes, rows of different scale, a few columns that stand out.
@@ -34,7 +35,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.common import ROOT, write_result
+from hf_lowbit import registry
 from hf_lowbit.compress.journal import file_hash
+from hf_lowbit.compress.source import CheckpointSource
+from hf_lowbit.config import LowBitConfig
 
 # Llama-3-8B, as its config.json states it
 SHAPE: dict[str, Any] = {
@@ -167,10 +171,37 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.name: file_hash(path) for path in [*sorted(folder.glob("*model*")), folder / "config.json"]}
 
 
-def run(folder: Path, work: Path, ceiling: float, options: list[str], name: str) -> None:
-    """Compress once undisturbed, once killed half way and resumed, and write the result file.
+def differing(dense: Path, packed: Path, every: int) -> tuple[int, list[str]]:
+    """Pack every so-many-th layer again, alone and undisturbed, and compare it with what was saved.
+
+    Returns:
+        How many layers were looked at, and which differ in any byte.
+    """
+    source = CheckpointSource(sorted(dense.glob("*.safetensors")))
+    stored = CheckpointSource(sorted(packed.glob("*.safetensors")))
+    config = LowBitConfig.from_dict(json.loads((packed / "config.json").read_text())["quantization_config"])
+    names = list(config.modules or {})[::every]
+    found = []
+    for name in names:
+        unit = registry.LinearUnit(name=name, weight=source.read(f"{name}.weight", torch.bfloat16))
+        state = registry.get(config.method).compress(unit, None, config).state()
+        same = [torch.equal(stored.read(f"{name}.weight_{part}", value.dtype), value) for part, value in state.items()]
+        found += [] if all(same) else [name]
+    return len(names), found
+
+
+def run(folder: Path, work: Path, ceiling: float, options: list[str], name: str, whole: bool) -> None:
+    """Compress, killed half way and resumed, and write the result file.
 
     What is done of this is kept in the working folder, so that the benchmark itself can be interrupted.
+
+    Args:
+        folder: of the dense checkpoint.
+        work: folder for what is made; some is kept there, the models are not.
+        ceiling: GiB of anonymous memory.
+        options: of ``hf-lowbit quantize``.
+        name: of the result file.
+        whole: also compress undisturbed, and compare the hashes of all files; without, sampled layers are compared.
     """
     work.mkdir(exist_ok=True)
     kept = work / f"{name}.json"
@@ -179,38 +210,39 @@ def run(folder: Path, work: Path, ceiling: float, options: list[str], name: str)
     blocks = sum(part.endswith("input_layernorm.weight") for part in index["weight_map"])
     arguments = [*options, "--max-shard-size", "1GB"]
     base = [sys.executable, "-m", "hf_lowbit", "quantize", str(folder)]
+    journal, out = work / ".again.run" / "journal.jsonl", work / "again"
 
     def keep(key: str, value: Any) -> None:
         found[key] = value
         kept.write_text(json.dumps(found))
 
-    if "whole" not in found:
-        shutil.rmtree(work / "whole", ignore_errors=True)
-        shutil.rmtree(work / ".whole.run", ignore_errors=True)
-        row = watched([*base, str(work / "whole"), *arguments], ceiling)
-        row["bytes"] = sum(path.stat().st_size for path in (work / "whole").glob("*.safetensors"))
-        lines = (work / "whole" / "compression_report.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        row["bits_per_weight"] = 8 * sum(one["bytes"] for one in rows) / sum(one["weights"] for one in rows)
-        keep("whole", {**row, "layers": len(rows), "hashes": hashes(work / "whole")})
-        shutil.rmtree(work / "whole")
-    journal = work / ".again.run" / "journal.jsonl"
-
-    def half_way() -> bool:
-        return journal.exists() and journal.read_bytes().count(b"\n") > found["whole"]["layers"] // 2
+    def recorded() -> int:
+        return max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
 
     if "killed" not in found:
         shutil.rmtree(journal.parent, ignore_errors=True)
-        row = watched([*base, str(work / "again"), *arguments], ceiling, half_way)
-        keep("killed", {**row, "layers": journal.read_bytes().count(b"\n") - 1})
+        row = watched([*base, str(out), *arguments], ceiling, lambda: recorded() >= 7 * blocks // 2)
+        keep("killed", {**row, "layers": recorded()})
     if "resumed" not in found:
-        row = watched([*base, str(work / "again"), *arguments, "--resume"], ceiling)
-        keep("resumed", {**row, "same": hashes(work / "again") == found["whole"]["hashes"]})
-        shutil.rmtree(work / "again")
+        row = watched([*base, str(out), *arguments, "--resume"], ceiling)
+        rows = [json.loads(line) for line in (out / "compression_report.jsonl").read_text().splitlines()]
+        row["bytes"] = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        row["bits_per_weight"] = 8 * sum(one["bytes"] for one in rows) / sum(one["weights"] for one in rows)
+        row["layer_seconds"] = sum(one["seconds"] for one in rows)
+        keep("resumed", {**row, "layers": len(rows)})
+    if "sampled" not in found:
+        looked_at, wrong = differing(folder, out, every=max(1, 7 * blocks // 16))
+        keep("sampled", {"layers": looked_at, "differing": wrong})
+    if whole and "whole" not in found:
+        wanted = hashes(out)
+        shutil.rmtree(out, ignore_errors=True)
+        row = watched([*base, str(work / "whole"), *arguments], ceiling)
+        keep("whole", {**row, "same": hashes(work / "whole") == wanted})
+    for path in (out, work / "whole"):
+        shutil.rmtree(path, ignore_errors=True)
     shape = {"parameters": index["metadata"]["total_parameters"], "blocks": blocks}
     dense = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    whole = {key: value for key, value in found["whole"].items() if key != "hashes"}
-    result = {**shape, "dense_bytes": dense, "ceiling_gib": ceiling, "options": arguments, **found, "whole": whole}
+    result = {**shape, "dense_bytes": dense, "ceiling_gib": ceiling, "options": arguments, **found}
     print(write_result(f"scale/{name}", result))
 
 
@@ -225,12 +257,20 @@ def main() -> None:
     runner.add_argument("folder", type=Path)
     runner.add_argument("work", type=Path)
     runner.add_argument("--ceiling", type=float, default=6.0, help="GiB of anonymous memory")
+    runner.add_argument("--whole", action="store_true", help="also run undisturbed, and compare all files")
     runner.add_argument("--name", default="8b", help="of the result file")
     runner.add_argument("--options", default="--method dvd_quant --option layers=all --option weight_init=minmax")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.action == "run":
-        run(arguments.folder, arguments.work, arguments.ceiling, arguments.options.split(), arguments.name)
+        run(
+            arguments.folder,
+            arguments.work,
+            arguments.ceiling,
+            arguments.options.split(),
+            arguments.name,
+            arguments.whole,
+        )
         return
     print(f"{make(arguments.folder, arguments.blocks) / 1e9:.2f} billion parameters in {arguments.folder}")
 
