@@ -11,7 +11,9 @@ prompts are three words: colour, shape, direction. It works on pixels, through t
     clips = video.sample(model)                   # (6, 3, 8, 16, 16), of 6 prompts and fixed noise, 16 steps
     video.psnr(video.sample(quantized), clips)    # decibels
 
-``load("quick")`` is a smaller model of a few seconds, for tests: it knows where colour goes, hardly what moves.
+The colour of a clip is that of its prompt, the direction not always: in minutes no more is to be had, and what
+quantization changes is told from the clips of the float model. ``load("quick")`` is a smaller model of a few seconds,
+for tests: it knows where colour goes, hardly what moves.
 ``video.path(...)`` is the folder, for ``from_pretrained``. Nothing of it is ever committed.
 """
 
