@@ -6,6 +6,7 @@ the same for weights and for activations. Both ends are values of the grid; a co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from hf_lowbit.kernels.rounding import on_range, range_codes, range_step
 
-SEARCHES = ("dobi", "percentile", "minmax")
+SEARCHES = ("output", "dobi", "percentile", "minmax")
 SIDES = ("auto", "one", "two")
 # Values that candidates are compared on; more do not change the outcome by more than another draw of them does.
 MOST_VALUES = 200_000
 # A range whose lower end is so small beside the upper one starts at its minimum: soft-max and GELU outputs.
 ONE_SIDED_SHARE = 0.2
+# Shares below the upper end that "output" tries: they find ranges off the middle, where one end has the outliers.
+PERCENTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999)
 # u - l is not let below it, so that a learned range cannot vanish.
 LEAST_RANGE = 1e-8
 
@@ -86,6 +89,7 @@ def search_bounds(
     candidates: int = 100,
     sides: str = "auto",
     percentile: float = 0.999,
+    error: Callable[[Tensor], float] | None = None,
 ) -> tuple[float, float]:
     """Choose both ends of the grid of a tensor.
 
@@ -93,12 +97,14 @@ def search_bounds(
         values: any shape, floating, finite; a sample of the tensor will do.
         bits: of a code.
         search: "dobi": of so many ranges, each narrower than the one before, the one with the least ``‖x - x̂‖``;
-            "percentile": leaves out the same share at both ends; "minmax".
+            "output": of these and of some between percentiles the one with the least ``error``; "percentile": leaves
+            out the same share at both ends; "minmax".
         limits: least and largest value of the whole tensor; None takes those of ``values``.
-        candidates: ranges that "dobi" tries; the first is the whole one.
+        candidates: ranges that "dobi" and "output" try; the first is the whole one.
         sides: "two" moves both ends inwards by ``(max - min) / (2 · candidates)`` a time, "one" only the upper end by
             twice that; "auto" chooses "one" where the least value is at least -0.2 times the largest.
         percentile: share of the values below the upper end, 0.5 to 1.
+        error: for "output", of the grid between these two ends, (2,), float32; None takes ``‖x - x̂‖``.
 
     Returns:
         l and u, l <= u.
@@ -107,7 +113,7 @@ def search_bounds(
         ValueError: no values, non-finite ones, an unknown search, or another argument out of range.
 
     Source: 2DQuant (arXiv 2406.06649), Algorithm 1 (distribution-oriented bound initialization).
-    Differs: its released code never searches one-sided; here the sign of the values decides.
+    Differs: its released code never searches one-sided; here the sign of the values decides. "output" is ours.
     """
     if search not in SEARCHES or sides not in SIDES:
         raise ValueError(f"search must be one of {SEARCHES} and sides of {SIDES}, got {search!r} and {sides!r}")
@@ -119,20 +125,36 @@ def search_bounds(
     if not len(flat) or not bool(torch.isfinite(flat).all()):
         raise ValueError("bounds need values, all of them finite")
     low, high = (float(flat.min()), float(flat.max())) if limits is None else limits
-    one = is_one_sided(low, high, sides)
     if search == "minmax" or high <= low:
         return low, high
+    one = is_one_sided(low, high, sides)
     if search == "percentile":
-        ordered = flat.sort().values
-        last = len(ordered) - 1
-        upper = float(ordered[round(percentile * last)])
-        lower = low if one else float(ordered[round((1 - percentile) * last)])
-        return (lower, upper) if upper > lower else (low, high)
-    best, least = (low, high), float("inf")
-    move = (high - low) / (candidates if one else 2 * candidates)
-    for i in range(candidates):
-        ends = (low if one else low + i * move, high - i * move)
-        error = float((on_range(flat, flat.new_tensor(ends), bits) - flat).square().sum(dtype=torch.float64))
-        if error < least:
-            best, least = ends, error
-    return best
+        (found,) = _between(flat, (percentile,), low if one else None) or [(low, high)]
+        return found
+    tried = _narrowing(low, high, candidates, one)
+    if search == "output":
+        tried += _between(flat, PERCENTILES, low if one else None)
+
+    def own(ends: Tensor) -> float:
+        return float((on_range(flat, ends, bits) - flat).square().sum(dtype=torch.float64))
+
+    measure = own if error is None or search == "dobi" else error
+    errors = [measure(flat.new_tensor(ends)) for ends in tried]
+    return tried[errors.index(min(errors))]
+
+
+def _narrowing(low: float, high: float, count: int, one: bool) -> list[tuple[float, float]]:
+    """Return so many ranges, from the whole one inwards."""
+    move = (high - low) / (count if one else 2 * count)
+    return [(low if one else low + i * move, high - i * move) for i in range(count)]
+
+
+def _between(flat: Tensor, shares: tuple[float, ...], low: float | None) -> list[tuple[float, float]]:
+    """Return the ranges between percentiles, or from ``low`` to them, without those that are empty."""
+    ordered = flat.sort().values
+    last = len(ordered) - 1
+    found = [
+        (float(ordered[round((1 - share) * last)]) if low is None else low, float(ordered[round(share * last)]))
+        for share in shares
+    ]
+    return [(lower, upper) for lower, upper in found if upper > lower]

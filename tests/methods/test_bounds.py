@@ -74,6 +74,25 @@ def test_search_is_never_worse_than_the_whole_range(bits, shape):
     assert error(search_bounds(values, bits)) <= error(search_bounds(values, bits, "minmax")) * (1 + 1e-6)
 
 
+def test_output_takes_the_range_whose_error_is_least():
+    values, tried = torch.randn(4000) ** 3, []
+
+    def error(ends):
+        tried.append(tuple(ends.tolist()))
+        return abs(float(ends[0]) + 1) + abs(float(ends[1]) - 2)  # off the middle: only percentiles come near
+
+    found = search_bounds(values, 3, "output", candidates=20, error=error)
+    assert len(tried) == 20 + 8
+    assert found == pytest.approx(min(tried, key=lambda ends: abs(ends[0] + 1) + abs(ends[1] - 2)))
+    assert tried[0] == pytest.approx((float(values.min()), float(values.max())))
+    own = search_bounds(values, 3, "output", candidates=20)  # without products: the error of the values themselves
+
+    def distance(ends):
+        return float((on_range(values, torch.tensor(ends), 3) - values).norm())
+
+    assert distance(own) == pytest.approx(min(map(distance, tried)), rel=1e-5)
+
+
 def test_percentiles_leave_out_the_ends():
     values = torch.linspace(-1, 1, 2001)
     assert search_bounds(values, 4, "percentile", percentile=0.99) == pytest.approx((-0.98, 0.98), abs=1e-3)

@@ -81,6 +81,44 @@ def test_a_layer_is_the_definition(bits):
     torch.testing.assert_close(found.act_bounds, bounds)
 
 
+def ranges_of(values, count):
+    """Every range that is tried: so many narrower and narrower ones, and those between percentiles."""
+    low, high = float(values.min()), float(values.max())
+    found = [(low + i * (high - low) / (2 * count), high - i * (high - low) / (2 * count)) for i in range(count)]
+    ordered = values.flatten().sort().values
+    for share in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999):
+        ends = [ordered[round(s * (len(ordered) - 1))] for s in (1 - share, share)]
+        found.append(tuple(map(float, ends)))
+    return found
+
+
+@pytest.mark.parametrize("name", ["layer", "block.qkv"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grids_chosen_by_outputs_are_the_definition(name, bits):
+    """All products in float64: first the inputs' grid on the dense weight, then each weight's on rounded inputs."""
+    torch.manual_seed(3)
+    weight, rows = torch.randn(12, 14) ** 3, (torch.randn(200, 14) @ torch.randn(14, 14)) ** 3
+    options = quick(weight_bits=bits, act_bits=bits, bound_search="output", cond_strength=0)
+    trace = []
+    found = fit(weight, stats_of(rows, 200), options, name, trace)
+    exact = rows.double() @ weight.double().T
+
+    def of_inputs(ends):
+        return float((on_range(rows, torch.tensor(ends), bits).double() @ weight.double().T - exact).norm())
+
+    assert of_inputs(found.act_bounds.tolist()) == pytest.approx(min(map(of_inputs, ranges_of(rows, 10))), rel=1e-5)
+    met = on_range(rows, found.act_bounds, bits).double()
+    parts = 3 if name.endswith("qkv") else 1
+    for number, (part, wanted) in enumerate(zip(weight.chunk(parts), exact.chunk(parts, 1), strict=True)):
+
+        def of_weight(ends, part=part, wanted=wanted):
+            return float((met @ on_range(part, torch.tensor(ends), bits).double().T - wanted).norm())
+
+        own = of_weight(found.bounds[number].tolist())
+        assert own == pytest.approx(min(map(of_weight, ranges_of(part, 10))), rel=1e-5)
+    assert trace == []  # nothing was conditioned
+
+
 def test_queries_keys_and_values_in_one_are_three():
     assert parts_of("blocks.0.attn.qkv", 36) == 3
     assert parts_of("blocks.0.attn.qkv", 35) == 1
@@ -105,7 +143,8 @@ def test_every_option_of_a_layer_changes_the_result():
     for changes in (
         {"cond_strength": 0.0}, {"cond_strength": 0.5}, {"cond_steps": 40}, {"regularizer": "top"},
         {"regularizer": "clip", "cond_limit": 2.0}, {"bound_search": "minmax"}, {"bound_search": "percentile"},
-        {"dobi_candidates": 50}, {"search_sides": "one"}, {"act_bits": 2}, {"weight_bits": 2}, {"act_mode": "none"},
+        {"bound_search": "output"}, {"dobi_candidates": 50}, {"search_sides": "one"}, {"act_bits": 2},
+        {"weight_bits": 2}, {"act_mode": "none"},
     ):  # fmt: skip
         other = fit(weight, stats, quick(**{**base, **changes}), "layer", [])
         same = torch.equal(plain.codes, other.codes) and torch.equal(plain.bounds, other.bounds)

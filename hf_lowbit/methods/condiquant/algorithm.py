@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from hf_lowbit.numerics.bounds import search_bounds
 from hf_lowbit.numerics.conditioning import condition, condition_number, output_change
 
 logger = logging.getLogger(__name__)
+# Inputs of a layer on which the grid of its inputs is chosen by what comes out; all that are kept judge the strengths.
+COMPARED = 1024
 
 
 @dataclasses.dataclass
@@ -55,7 +58,13 @@ def parts_of(name: str, rows: int) -> int:
     return 3 if name.rpartition(".")[2].lower() in ("qkv", "query_key_value") and rows % 3 == 0 else 1
 
 
-def bounds_of(values: Tensor, bits: int, options: CondiQuantConfig, limits: Any = None) -> Tensor:
+def bounds_of(
+    values: Tensor,
+    bits: int,
+    options: CondiQuantConfig,
+    limits: Any = None,
+    error: Callable[[Tensor], float] | None = None,
+) -> Tensor:
     """Return both ends of the grid of a tensor, (2,), float32, as the options search them."""
     found = search_bounds(
         values,
@@ -65,40 +74,80 @@ def bounds_of(values: Tensor, bits: int, options: CondiQuantConfig, limits: Any 
         candidates=options.dobi_candidates,
         sides=options.search_sides,
         percentile=options.percentile,
+        error=error,
     )
     return torch.tensor(found, dtype=torch.float32, device=values.device)
 
 
-def input_bounds(stats: Any, options: CondiQuantConfig, where: str) -> Tensor | None:
+def input_bounds(weight: Tensor, stats: Any, options: CondiQuantConfig, where: str) -> Tensor | None:
     """Return the grid of a layer's inputs, (2,), None unless it is stored.
+
+    Args:
+        weight: W0, (n, m), float32; "output" compares ``X̂ W0ᵀ`` with ``X W0ᵀ``.
+        stats: of the inputs, with a sample of m columns.
+        options: bits and search.
+        where: name of the layer.
 
     Raises:
         CalibrationError: no sample of the inputs was gathered.
     """
     if options.act_mode != "static":
         return None
-    sample = None if stats is None else stats.sample
-    if sample is None:
+    rows = None if stats is None else stats.sample
+    if rows is None:
         raise CalibrationError(f"{where}: a stored grid of activations needs a sample of the layer's inputs")
-    return bounds_of(sample, options.act_bits, options, (stats.low, stats.high))
+    few = rows[torch.linspace(0, len(rows) - 1, min(COMPARED, len(rows)), dtype=torch.float64).long()].to(weight)
+
+    def error(ends: Tensor) -> float:
+        return float(((on_range(few, ends, options.act_bits) - few) @ weight.T).square().sum(dtype=torch.float64))
+
+    return bounds_of(rows, options.act_bits, options, (stats.low, stats.high), error)
 
 
-def rounded(weight: Tensor, parts: int, options: CondiQuantConfig) -> tuple[Tensor, Tensor, Tensor]:
+@dataclasses.dataclass
+class Products:
+    """What outputs of rounded weights are compared by: ``‖X̂ Ŵᵀ - X W0ᵀ‖²`` is ``Ŵ A Ŵᵀ - 2 B Ŵᵀ``, summed, and a rest.
+
+    Attributes:
+        second: A = X̂ᵀ X̂, (m, m), float64.
+        cross: B = W0 Xᵀ X̂, (n, m), float64.
+    """
+
+    second: Tensor
+    cross: Tensor
+
+    def error(self, part: Tensor, rows: slice, bits: int) -> Callable[[Tensor], float]:
+        """Return the error, but for the rest, of a part of the weight as a function of the ends of its grid."""
+
+        def of(ends: Tensor) -> float:
+            values = on_range(part, ends, bits).double()
+            return float(((values @ self.second - 2 * self.cross[rows]) * values).sum())
+
+        return of
+
+
+def rounded(
+    weight: Tensor, parts: int, options: CondiQuantConfig, products: Products | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Round a weight.
 
     Args:
         weight: (n, m), float32.
         parts: equal parts of its rows, each with a grid of its own.
         options: bits and search.
+        products: that "output" compares; None compares weights.
 
     Returns:
         Codes (n, m), uint8, ends (parts, 2) and values (n, m), float32.
     """
     codes, ends, values = [], [], []
-    for part in weight.chunk(parts):
-        found = bounds_of(part, options.weight_bits, options)
-        codes.append(range_codes(part, found, options.weight_bits).to(torch.uint8))
-        values.append(on_range(part, found, options.weight_bits))
+    bits, count = options.weight_bits, len(weight) // parts
+    for number, part in enumerate(weight.chunk(parts)):
+        own = slice(number * count, (number + 1) * count)
+        error = None if products is None else products.error(part, own, bits)
+        found = bounds_of(part, bits, options, error=error)
+        codes.append(range_codes(part, found, bits).to(torch.uint8))
+        values.append(on_range(part, found, bits))
         ends.append(found)
     return torch.cat(codes), torch.stack(ends), torch.cat(values)
 
@@ -137,17 +186,20 @@ def fit(weight: Tensor, stats: Any, options: CondiQuantConfig, where: str, trace
     if not bool(torch.isfinite(original).all()):
         raise ValueError(f"{where}: weight holds NaN or infinity")
     parts = parts_of(where, len(original))
-    act_bounds = input_bounds(stats, options, where)
+    act_bounds = input_bounds(original, stats, options, where)
     moment = _moment_of(stats, where) if stats is not None and options.conditions else None
     candidates = options.strengths if moment is not None else (0.0,)
     _refuse_strength(max(candidates), min(len(original) // parts, original.shape[1]), options, where)
     rows = None if stats is None else stats.sample
     wanted = None if rows is None else rows.to(original) @ original.T
     inputs = rows if rows is None else _as_met(rows.to(original), act_bounds, options)
+    products = None
+    if inputs is not None and wanted is not None and options.bound_search == "output":
+        products = Products((inputs.T @ inputs).double(), (wanted.T @ inputs).double())
     best: tuple[float, float, Tensor, Tensor, Tensor] | None = None
     for strength in candidates:
         changed = _conditioned_or_kept(original, moment, strength, parts, options, where)
-        codes, bounds, values = rounded(changed, parts, options)
+        codes, bounds, values = rounded(changed, parts, options, products)
         error = 0.0
         if inputs is not None and wanted is not None:
             error = float((inputs @ values.T - wanted).norm() / wanted.norm().clamp(min=1e-30))

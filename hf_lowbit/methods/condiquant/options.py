@@ -54,8 +54,13 @@ class CondiQuantConfig(ImageConfig):
         "variance", "what the proximal step lowers: spread of singular values, the largest, or κ", choices=REGULARIZERS
     )
     cond_limit: float = option(30.0, "largest κ, for regularizer clip", low=1.0, high=1e12)
-    bound_search: str = option("dobi", "how the ends of grids are chosen", choices=SEARCHES)
-    dobi_candidates: int = option(100, "ranges that dobi tries", low=2, high=10_000)
+    bound_search: str = option(
+        "dobi",
+        "how the ends of grids are chosen: output (least error of what a layer puts out), dobi (of what is rounded, "
+        "as published), percentile or minmax",
+        choices=SEARCHES,
+    )
+    dobi_candidates: int = option(100, "ranges that dobi and output try", low=2, high=10_000)
     percentile: float = option(0.999, "share of values below the upper end, for percentile", low=0.5, high=1.0)
     search_sides: str = option(
         "auto", "which ends are searched: auto searches the upper one of what is not negative", choices=SIDES
