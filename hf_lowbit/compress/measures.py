@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hf_lowbit.calibration import capture
+from hf_lowbit.calibration.recall import with_returns
 from hf_lowbit.calibration.stats import LinearStats
 from hf_lowbit.compress.planning import cosine_sums
 from hf_lowbit.errors import CalibrationError, UnsupportedModelError
@@ -116,13 +117,16 @@ class StackMeasures:
                 for name, module in own.items():
                     yield name, dense_weight(module), stats.get(name)
 
-    def gradients(self, names: Sequence[str], samples: int, length: int) -> dict[str, GradientStats]:
+    def gradients(
+        self, names: Sequence[str], samples: int, length: int, recall: float = 0.0
+    ) -> dict[str, GradientStats]:
         """Return how the model's loss depends on layers of the dense model; measured once for the same question.
 
         Args:
             names: of linear layers inside the blocks.
             samples: calibration sequences that are looked at, one after the other; of several processes, all together.
             length: tokens of each.
+            recall: share of each in which passages return, see :func:`hf_lowbit.calibration.recall.with_returns`.
 
         Returns:
             Statistics of the gradients by name; the loss is that of predicting the next token.
@@ -131,9 +135,9 @@ class StackMeasures:
             UnsupportedModelError: the model has no output over its vocabulary.
             CalibrationError: a gradient is not finite; the layer is named.
         """
-        question = (tuple(names), samples, length)
+        question = (tuple(names), samples, length, recall)
         if self._gradients is None or self._gradients[0] != question:
-            self._gradients = question, self._measured_gradients(names, samples, length)
+            self._gradients = question, self._measured_gradients(names, samples, length, recall)
         return self._gradients[1]
 
     def sensitivity(self, names: Sequence[str], samples: int, length: int) -> dict[str, Tensor]:
@@ -176,13 +180,15 @@ class StackMeasures:
         found: dict[str, Tensor] = {}
         for rule in {id(rule): rule for rule in asking.values()}.values():
             own = [name for name in names if asking.get(name) is rule]
-            stats = self.gradients(own, rule.gradient_samples, rule.gradient_length)
+            stats = self.gradients(own, rule.gradient_samples, rule.gradient_length, rule.recall)
             found |= {name: stats[name].second_moment for name in own}
         return found
 
-    def _measured_gradients(self, names: Sequence[str], samples: int, length: int) -> dict[str, GradientStats]:
+    def _measured_gradients(
+        self, names: Sequence[str], samples: int, length: int, recall: float
+    ) -> dict[str, GradientStats]:
         found: dict[str, GradientStats] = {}
-        for block, own, hidden, grads, calls, below in self._backwards(names, samples, length):
+        for block, own, hidden, grads, calls, below in self._backwards(names, samples, length, recall):
             sums, gradients = _backward(block, own, hidden, grads, calls)
             below += gradients
             sequences = int(self._run.team.total(torch.tensor(float(len(hidden)))))
@@ -195,7 +201,7 @@ class StackMeasures:
                     raise CalibrationError(f"{name}: its gradient is not finite")
         return {name: found[name] for name in names}
 
-    def _backwards(self, names: Sequence[str], samples: int, length: int) -> Iterator[Backwards]:
+    def _backwards(self, names: Sequence[str], samples: int, length: int, recall: float = 0.0) -> Iterator[Backwards]:
         """Run the dense blocks forwards, keeping their inputs, and yield them from the last to the first.
 
         Yields:
@@ -203,9 +209,9 @@ class StackMeasures:
             gradient of each sequence's loss with respect to its output; its other arguments; and a list that the
             caller fills with the gradients with respect to its inputs.
         """
-        batches = [row[None, :length] for batch in self._batches for row in batch]
         team = self._run.team
-        batches = batches[: -(-samples // team.size)]
+        rows = [row[:length] for batch in self._batches for row in batch][: -(-samples // team.size)]
+        batches = [with_returns(row, recall)[None] for row in rows]
         inputs = capture.first_block_inputs(self._run.model, list(self._stack.values()), batches)
         kept = [[states for states, _ in inputs]]
         calls: Calls = []

@@ -7,6 +7,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import hf_lowbit
 from hf_lowbit import CalibrationError, ReCalKVConfig, RunOptions, UnsupportedModelError
+from hf_lowbit.calibration.recall import with_returns
 from hf_lowbit.compress.engine import Run
 from hf_lowbit.compress.measures import StackMeasures
 from tests.tiny import tiny_model, tokens
@@ -63,6 +64,18 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(architecture):
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_passages_return_in_what_gradients_are_taken_of():
+    model = tiny_model().requires_grad_(False)
+    run = Run(model, config())
+    names = list(run.targets.methods)
+    with torch.no_grad():
+        found = StackMeasures(run, run.stacks[0], run.batches).gradients(names, 6, 20, 0.5)
+        run.batches = [torch.stack([with_returns(row, 0.5) for row in batch]) for batch in run.batches]
+        expected = StackMeasures(run, run.stacks[0], run.batches).gradients(names, 6, 20)
+    for name in names:
+        assert torch.equal(found[name].second_moment, expected[name].second_moment)
+
+
 def test_gradients_are_measured_once_and_nothing_is_left_behind(monkeypatch):
     model = tiny_model().requires_grad_(False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -74,7 +87,8 @@ def test_gradients_are_measured_once_and_nothing_is_left_behind(monkeypatch):
         first = measures.gradients(names, 2, 8)
         assert measures.gradients(names, 2, 8) is first
         assert measures.gradients(names, 3, 8) is not first
-    assert len(calls) == 2
+        assert measures.gradients(names, 2, 8, 0.5) is not first
+    assert len(calls) == 3
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -85,8 +99,8 @@ def test_streamed_gradients_hold_one_dense_block_at_a_time(tmp_path, monkeypatch
     most = []
     original = StackMeasures.gradients
 
-    def look(self, names, samples, length):
-        found = original(self, names, samples, length)
+    def look(self, names, samples, length, recall):
+        found = original(self, names, samples, length, recall)
         weights = [self._run.model.get_submodule(name).weight.numel() for name in names]
         most.append(sum(size > 1 for size in weights))
         return found
@@ -129,7 +143,7 @@ def test_models_without_a_head_and_gradients_that_blow_up_are_refused(tmp_path):
         hf_lowbit.quantize(model, config())
 
 
-@pytest.mark.parametrize("change", [{"gradient_samples": 1}, {"gradient_length": 5}], ids=str)
+@pytest.mark.parametrize("change", [{"gradient_samples": 1}, {"gradient_length": 5}, {"recall": 0.5}], ids=str)
 def test_what_gradients_are_taken_of_changes_the_result(change):
     found = []
     for options in ({}, change):

@@ -248,8 +248,8 @@ class Told:
     def __init__(self, gradients, inputs=()):
         self.values, self.inputs, self.asked = gradients, inputs, None
 
-    def gradients(self, names, samples, length):
-        self.asked = (samples, length)
+    def gradients(self, names, samples, length, recall):
+        self.asked = (samples, length, recall)
         return {name: self.values[name] for name in names}
 
     def dense_inputs(self, names):
@@ -267,9 +267,11 @@ def stack(count=2, heads=3, rows=16):
 def test_ranks_by_gradients_meet_the_budget():
     method, units = registry.get("recalkv"), stack()
     told = Told({unit.name: GradientStats(1.0 + (unit.part == "value"), torch.eye(48).double()) for unit in units})
-    chosen = config(key_group_size=0, rank_allocation="fisher_uniform", gradient_samples=3, gradient_length=7)
+    chosen = config(
+        key_group_size=0, rank_allocation="fisher_uniform", gradient_samples=3, gradient_length=7, recall=0.5
+    )
     found = method.allocate(units, chosen, told)
-    assert told.asked == (3, 7)
+    assert told.asked == (3, 7, 0.5)
     assert found == {unit.name: 32 if unit.part == "value" else 16 for unit in units}
     assert sum(found.values()) == 0.5 * 4 * 48
     by_eights = method.allocate(units, dataclasses.replace(chosen, rank_multiple=0), told)
@@ -307,7 +309,7 @@ def test_ranks_by_energy_are_one_threshold():
         weighed = registry.get("recalkv").allocate(units, config(key_group_size=0, weighting=weighting), told)
         assert sum(weighed.values()) == 48
         assert weighed[units[0].name] > 40
-        assert told.asked == (16, 256)
+        assert told.asked == (16, 256, 0.0)
 
 
 # Options ------------------------------------------------------------------------------------------------------------

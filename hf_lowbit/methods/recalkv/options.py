@@ -22,7 +22,8 @@ class ReCalKVConfig(CalibratedConfig):
     ``ReCalKVConfig(ratio=0.5)`` keeps half of the numbers that the cache holds per token. Each key or value projection
     W becomes a down-projection, whose output is cached, and an up-projection, applied when a token attends. Factors
     and ranks, which share one budget, lose as little as possible of what the model's loss depends on. That takes one
-    backward pass over a few sequences, made block by block. With ``calibration=None`` no data is used: plain singular
+    backward pass over a few sequences, made block by block; passages return in these sequences, without which long
+    texts lose what stands far back. With ``calibration=None`` no data is used: plain singular
     value decomposition with the same rank everywhere.
 
     ``ReCalKVConfig.paper(...)`` has the published choices, ``ReCalKVConfig(...)`` those that were best in
@@ -74,6 +75,13 @@ class ReCalKVConfig(CalibratedConfig):
     min_rank: int = option(0, "least rank of a group; 0: rank_multiple", low=0, high=2**16)
     gradient_samples: int = option(16, "calibration sequences that gradients are taken of", low=1)
     gradient_length: int = option(256, "tokens of each of them", low=2)
+    recall: float = option(
+        0.0,
+        "share of each of them, at its end, in which passages from before return: errors count that would keep the "
+        "model from finding again what stands far back; 0: text as it is",
+        low=0.0,
+        high=0.9,
+    )
     ocmf: str = option(
         "off",
         "what projections are calibrated on: off, inputs of the dense model; sequential, those that the compressed "
@@ -107,7 +115,13 @@ class ReCalKVConfig(CalibratedConfig):
 
         Key heads by similarity, values calibrated in sequence, ranks by gradients, all outputs alike.
         """
-        chosen = {"grouping": "cka", "ocmf": "sequential", "rank_allocation": "fisher_uniform", "weighting": "none"}
+        chosen = {
+            "grouping": "cka",
+            "ocmf": "sequential",
+            "rank_allocation": "fisher_uniform",
+            "weighting": "none",
+            "recall": 0.0,
+        }
         return cls(**{**chosen, **options})
 
     def problems(self) -> list[str]:
