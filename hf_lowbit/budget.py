@@ -52,11 +52,21 @@ def default_candidates(calibration: Any = None, **data: Any) -> list[LowBitConfi
     return list(found)
 
 
-def settings_text(config: LowBitConfig) -> str:
-    """Return the options of a config that are not its class's defaults, as one would type them."""
-    plain = {field.name: field.default for field in dataclasses.fields(config) if field.name not in _NO_SETTINGS}
-    given = {name: getattr(config, name) for name, default in plain.items() if getattr(config, name) != default}
-    return ", ".join(f"{name}={_short(value)}" for name, value in given.items()) or "defaults"
+def settings_text(config: LowBitConfig, beside: Sequence[LowBitConfig] = ()) -> str:
+    """Return the options of a config as one would type them.
+
+    Args:
+        config: of a method.
+        beside: other candidates; of those of the same method the options in which they differ are shown, and without
+            any the options that are not the defaults.
+    """
+    alike = [one for one in beside if type(one) is type(config) and one is not config]
+    fields = {field.name: field.default for field in dataclasses.fields(config) if field.name not in _NO_SETTINGS}
+    if alike:
+        shown_too = [name for name in fields if any(getattr(one, name) != getattr(config, name) for one in alike)]
+    else:
+        shown_too = [name for name, default in fields.items() if getattr(config, name) != default]
+    return ", ".join(f"{name}={_short(getattr(config, name))}" for name in shown_too) or "defaults"
 
 
 def _short(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -48,6 +49,12 @@ def command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., No
         return app.command(**settings)(run)
 
     return decorate
+
+
+def require_model(name: str) -> None:
+    """Refuse what is visibly neither a folder nor a name on the Hub; transformers' own message is a page."""
+    if not Path(name).is_dir() and (Path(name).exists() or name.count("/") > 1 or name.startswith((".", "~"))):
+        raise ValueError(f"{name}: no such folder, and not the name of a model on the Hub")
 
 
 def show(text: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowbit import registry
+from hf_lowbit.budget import default_candidates
 from hf_lowbit.calibration.data import load_texts
 from hf_lowbit.calibration.images import load_images
 from hf_lowbit.compress.engine import check_calibration
@@ -25,18 +26,38 @@ def config_of(
     skip: list[str],
     fields: dict[str, Any],
     run: RunOptions,
+    targets: dict[str, Any] | None = None,
 ) -> LowBitConfig:
-    """Return the config of a run, from either a method with options or a recipe file.
+    """Return the config of a run, from a method with options, a recipe file, or a budget alone.
+
+    Args:
+        method: name of a method.
+        options: "name=value" each, of that method.
+        recipe: file instead of it.
+        skip: patterns to leave dense.
+        fields: calibration and its sizes.
+        run: how the run behaves.
+        targets: ``target_bits_per_weight`` or ``target_bytes`` of a recipe; with neither method nor recipe the default
+            candidates are chosen from.
 
     Raises:
         ValueError: what is wrong with the options, the file or the calibration data.
     """
-    if (method is None) == (recipe is None):
+    if targets and method is not None:
+        raise ValueError(
+            "a target chooses among configs, so leave --method out, or give candidates in --recipe FILE.json"
+        )
+    if (method is None) == (recipe is None) and not (targets and method is None):
         raise ValueError("give either --method NAME (see `hf-lowbit methods`) or --recipe FILE.json")
-    if recipe is not None:
+    if targets and recipe is None:
+        if options:
+            raise ValueError("--option belongs to --method")
+        own = default_candidates(**{"calibration": None, **fields})
+        config: LowBitConfig = LowBitRecipe({"*": own}, **targets, skip=tuple(skip), run=run)
+    elif recipe is not None:
         if options:
             raise ValueError("--option belongs to --method; write the options of a recipe into its file")
-        config = dataclasses.replace(read_recipe(recipe, skip, fields), run=run)
+        config = dataclasses.replace(read_recipe(recipe, skip, fields, targets), run=run)
     else:
         config = build_config(str(method), options, {**fields, "skip": tuple(skip), "run": run})
     check_data(config)
@@ -115,21 +136,27 @@ def build_config(method: str, options: list[str], fields: dict[str, Any]) -> Low
     return config
 
 
-def read_recipe(file: Path, skip: list[str], fields: dict[str, Any]) -> LowBitConfig:
+def read_recipe(
+    file: Path, skip: list[str], fields: dict[str, Any], targets: dict[str, Any] | None = None
+) -> LowBitConfig:
     """Read a config from a JSON file, either of a recipe or of one method.
 
     Args:
         file: what ``to_dict`` returned, or less: all that has a default may be left out.
         skip: further patterns.
         fields: calibration and its sizes, set in every rule that uses them.
+        targets: a budget in place of that of the file.
 
     Raises:
         ValueError: not JSON, or not a config.
     """
+    budgets = ("target_bits_per_weight", "target_bytes")
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or "method" not in content:
             raise ValueError('must be an object with a "method"')
+        if targets:
+            content = {**{key: value for key, value in content.items() if key not in budgets}, **targets}
         config = LowBitConfig.from_dict(content)
     except (TypeError, ValueError) as error:
         raise ValueError(f"recipe {file.name}: {error}") from error

@@ -264,7 +264,7 @@ class Budget:
                     "layers": _kind(names[0]),
                     "number": len(names),
                     "method": rule.method,
-                    "settings": settings_text(rule)[:500],
+                    "settings": settings_text(rule, self.candidates[names[0]])[:500],
                     "weights": weights,
                     "bytes": sum(sizes[name] for name in names),
                     "error": float(f"{sum(errors[name] for name in names):.6g}"),

@@ -124,6 +124,8 @@ class ModelFacts:
         dense: (why layers were left dense, how many).
         cache: of a model whose cache holds latents: bits, bytes per token, and those of the dense model.
         shares: what each method holds, where there are several methods or forms of one.
+        target: the budget that layers were chosen under, in words.
+        plan: what was chosen: rows of :mod:`hf_lowbit.budget`.
     """
 
     part: str = ""
@@ -138,6 +140,8 @@ class ModelFacts:
     dense: tuple[tuple[str, int], ...] = ()
     cache: Mapping[str, Any] | None = None
     shares: tuple[Share, ...] = ()
+    target: str | None = None
+    plan: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,10 +255,20 @@ def model_facts(inspection: Inspection, part: str = "") -> ModelFacts:
         stored_bytes=inspection.packed_bytes + sum(g.bytes for g in inspection.groups) + inspection.header_bytes,
         total_bytes=inspection.total_bytes - inspection.other_files.get("README.md", 0),
         kinds=tuple(kinds),
+        target=_target(inspection.config),
+        plan=tuple(getattr(inspection.config, "plan", None) or ()),
         dense=tuple(reasons.items()),
         cache=cache_json(inspection),
         shares=shares if len(shares) > 1 else (),
     )
+
+
+def _target(config: LowBitConfig) -> str | None:
+    """Return in words what budget a recipe kept."""
+    bits, size = getattr(config, "target_bits_per_weight", None), getattr(config, "target_bytes", None)
+    if bits is not None:
+        return f"at most {bits:g} bits per packed weight"
+    return None if size is None else f"at most {size:,} bytes of weight files"
 
 
 def _loader(folder: Path) -> tuple[str, str, str | None]:
@@ -285,10 +299,14 @@ def _recipe(models: Mapping[str, Inspection]) -> dict[str, Any]:
     """Return the options of the run, without what has one entry per layer; that is in config.json."""
 
     def short(config: LowBitConfig) -> dict[str, Any]:
-        content = {key: value for key, value in config.to_dict().items() if key not in ("modules", "left_dense")}
+        left_out = ("modules", "left_dense", "plan")
+        content = {key: value for key, value in config.to_dict().items() if key not in left_out}
         rules = content.get("rules", [{"config": content}])
         for rule in rules:
             rule["config"] = {k: v for k, v in rule["config"].items() if k != "layers" or not v}
+            names = rule.get("pattern", "").split("|")
+            if len(names) > 4:  # what a budget has chosen, name by name
+                rule["pattern"] = f"{'|'.join(names[:2])}| ... {len(names) - 2} more"
         return content if "rules" in content else rules[0]["config"]
 
     found = {part: short(inspection.config) for part, inspection in models.items()}

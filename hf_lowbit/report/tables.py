@@ -49,6 +49,24 @@ def _table(title: str, left: Iterable[str], right: Iterable[str], caption: str =
     return table
 
 
+def plan_table(plan: Iterable[Mapping[str, Any]]) -> Table:
+    """Return what a run chose under a budget: rows of :mod:`hf_lowbit.budget`, and their sums."""
+    rows = list(plan)
+    caption = "the error is measured on the dense model, see hf_lowbit.compress.budget; sizes are the most it can be"
+    table = _table("plan", ("layers", "method", "settings"), ("number", "bits per weight", "size", "error"), caption)
+    sums: dict[str, Any] = {key: sum(row[key] for row in rows) for key in ("number", "weights", "bytes", "error")}
+    for row in rows:
+        table.add_row(row["layers"], row["method"], row["settings"], *_plan_figures(row))
+    table.add_section()
+    table.add_row("all of them", "", "", *_plan_figures(sums))
+    return table
+
+
+def _plan_figures(row: Mapping[str, Any]) -> tuple[str, ...]:
+    bits = 8 * row["bytes"] / max(1, row["weights"])
+    return str(row["number"]), f"{bits:.3f}", size_text(row["bytes"]), f"{row['error']:.4g}"
+
+
 def kinds_of(modules: Iterable[PackedModule]) -> dict[str, list[PackedModule]]:
     """Return packed layers by kind (q_proj, down_proj, ...), in the order in which they come."""
     found: dict[str, list[PackedModule]] = {}

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from hf_lowbit import ARBConfig, LowBitRecipe, PBS2PConfig, quantize, registry
+from hf_lowbit import ARBConfig, DVDQuantConfig, LowBitRecipe, PBS2PConfig, quantize, registry
 from hf_lowbit.hf.card import CardFields, Facts, ModelFacts, Scores, facts_of
 from hf_lowbit.hf.card_page import TEMPLATES, check_card, escaped, render
 from hf_lowbit.hf.save import save_model
@@ -182,6 +182,24 @@ def test_a_recipe_of_two_methods(tmp_path):
     assert "Progressive Binarization" in text
     assert "* Calibration: pbs2p: no data was used." in text
     assert '"pattern": "*.mlp"' in text
+
+
+def test_what_a_budget_chose_is_shown(tmp_path):
+    model = tiny_model()
+    candidates = [DVDQuantConfig(preset="weights", w_bits=bits) for bits in (2, 4)]
+    report = quantize(model, LowBitRecipe({"*": candidates}, target_bits_per_weight=3.6, run=QUIET))
+    folder = save_model(model, tmp_path / "chosen")
+    text = card_of(folder)
+    assert "at most 3.6 bits per packed weight" in text
+    rows = [line for line in text.splitlines() if re.match(r"\| [\w\\]+ \| dvd", line)]
+    assert len(rows) == len(report.plan) == len(inspect(folder).config.plan)
+    for row, line in zip(report.plan, rows, strict=True):
+        assert f"{row['bytes']:,} bytes" in line and f"{8 * row['bytes'] / row['weights']:.3f}" in line
+        assert escaped(row["settings"]) in line
+    assert "more" in text and "layers.1.mlp.down_proj" not in text  # long lists of names are cut short
+    assert '"plan"' not in text
+    table = MarkdownIt("commonmark").enable("table").render(text)
+    assert table.count("dvd_quant</td>") == len(rows)
 
 
 def test_scores_without_a_dense_model():
