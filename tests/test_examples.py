@@ -7,7 +7,9 @@ import sys
 import pytest
 from PIL import Image
 
-from examples import binary_convs, demo, long_context, super_resolution_w2a2, video_cached, video_w4a4
+from examples import binary_convs, demo, long_context, recipe_mixed, super_resolution_w2a2, video_cached, video_w4a4
+from hf_lowbit.report.inspect import inspect
+from hf_lowbit.report.tables import shares_of
 
 
 @pytest.mark.slow
@@ -86,6 +88,32 @@ def test_super_resolution_w2a2(tmp_path, monkeypatch, capsys):
     strip = Image.open(tmp_path / "strip.png")
     assert strip.size == (6 * 132 + 4, 2 * 132 + 4)  # bicubic, dense, three widths, truth; two photographs
     assert {path.name for path in tmp_path.iterdir()} == {"w4a4", "w3a3", "w2a2", "strip.png"}
+
+
+def test_recipe_mixed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["recipe_mixed", "--tiny", "--out", str(tmp_path)])
+    recipe_mixed.main()
+    shown = capsys.readouterr().out
+    for line in (
+        "the plan: the first rule that matches a layer has it",
+        "none, which is allowed here",
+        "the same logits, bit for bit, and the same tokens",
+        "10 × dvd_quant, integer",
+        "6 × recalkv, latent",
+    ):
+        assert line in shown
+    held = {(share.layers, share.method, share.held_as) for share in shares_of(inspect(tmp_path / "packed"))}
+    assert held == {
+        (10, "dvd_quant", "integer"),
+        (6, "recalkv", "latent"),
+        (3, "adasvd", "low_rank of integer"),
+        (1, "pbs2p", "binary, 6:8"),
+        (1, "arb", "binary"),
+    }
+    monkeypatch.setattr("sys.argv", ["recipe_mixed", "--tiny", "--samples", "1"])
+    with pytest.raises(SystemExit):
+        recipe_mixed.main()
+    assert "--samples must be at least 4, got 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -54,10 +54,15 @@ def covering(model: nn.Module, config: LowBitConfig, name: str) -> tuple[str | N
     passed = False
     for pattern, rule in rules_of(config):
         if matches(pattern, name):
-            if not is_for_attention(rule) or projection_of(model, name) is not None:
+            if takes(model, rule, name):
                 return pattern, rule, passed
             passed = True
     return None, None, passed
+
+
+def takes(model: nn.Module, rule: LowBitConfig, name: str) -> bool:
+    """Return whether a rule covers a layer that its pattern matches."""
+    return not is_for_attention(rule) or projection_of(model, name) is not None
 
 
 def check_projections(model: nn.Module, config: LowBitConfig, methods: dict[str, LowBitConfig], stacks: int) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_lowbit import registry
 from hf_lowbit.calibration import capture
-from hf_lowbit.compress.projections import NOT_CACHED, check_projections, covering
+from hf_lowbit.compress.projections import NOT_CACHED, check_projections, covering, takes
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import UnsupportedModelError
 from hf_lowbit.experts import expert_names, fused_parameters, is_supported
@@ -131,7 +131,7 @@ def select(model: nn.Module, config: LowBitConfig, blocks: list[str] | None) -> 
         else:
             methods[name] = rule
     _refuse_idle_patterns(model, config, [*methods, *dense])
-    _refuse_shadowed_rules(config, first)
+    _refuse_shadowed_rules(model, config, first)
     if not methods and NOT_CACHED in dense.values():
         return Targets({}, dense, unwanted)  # check_projections says what is missing
     if not methods:
@@ -198,10 +198,11 @@ def _close_names(pattern: str, names: list[str]) -> str:
     return f" (close: {', '.join(close)})" if close else ""
 
 
-def _refuse_shadowed_rules(config: LowBitConfig, first: dict[str, str | None]) -> None:
+def _refuse_shadowed_rules(model: nn.Module, config: LowBitConfig, first: dict[str, str | None]) -> None:
     """A rule that comes too late to get a single layer is a mistake of order: what it says would count for nothing.
 
     Args:
+        model: the model.
         config: a method's config or a recipe.
         first: for each layer the pattern of the rule that covers it.
 
@@ -210,10 +211,11 @@ def _refuse_shadowed_rules(config: LowBitConfig, first: dict[str, str | None]) -
     """
     had = set(first.values())
     problems = []
-    for pattern, _ in rules_of(config):
+    for pattern, rule in rules_of(config):
         if pattern in had or pattern in optional_patterns(config):
             continue
-        takers = dict.fromkeys(other for name, other in first.items() if other and matches(pattern, name))
+        mine = [name for name in first if matches(pattern, name) and takes(model, rule, name)]
+        takers = dict.fromkeys(other for name in mine if (other := first[name]))
         if takers:
             problems.append(f"rule {pattern!r} comes after {', '.join(map(repr, takers))}")
     if problems:

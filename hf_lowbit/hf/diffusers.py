@@ -324,7 +324,7 @@ def _refuse_calibrated(config: LowBitConfig) -> None:
     from hf_lowbit.hf.delta_gbs import options_of  # here, as in `mark`
 
     options_of(config)
-    if config.needs != "none":
+    if config.needs not in ("none", "training"):  # the run itself says how what is trained is made
         raise ValueError(
             f"hf_lowbit: {type(config).__name__} asks for calibration ({config.needs}), which needs a language model; "
             "diffusers models are compressed without data: calibration=None"

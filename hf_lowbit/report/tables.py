@@ -120,12 +120,13 @@ def shares_table(shares: Iterable[Share]) -> Table:
     """Return the table of what each method of a model holds."""
     table = _table(
         "packed layers by method",
-        ["method", "held as"],
-        ["layers", "of the parameters", "bytes", "of the weight files", "bits per weight"],
+        ["layers"],
+        ["of parameters", "bytes", "of files", "bits"],
+        "bits: stored for a weight",
     )
     for share in shares:
         numbers = (f"{100 * share.weights_share:.1f} %", f"{share.bytes:,}", f"{100 * share.bytes_share:.1f} %")
-        table.add_row(share.method, share.held_as, str(share.layers), *numbers, f"{share.bits_per_weight:.3f}")
+        table.add_row(f"{share.layers} × {share.method}, {share.held_as}", *numbers, f"{share.bits_per_weight:.3f}")
     return table
 
 
