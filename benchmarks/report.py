@@ -27,6 +27,7 @@ from benchmarks import (
     report_kv,
     report_pbs2p,
     report_recalkv,
+    report_scale,
     report_texts,
     report_video,
     report_video_speed,
@@ -190,6 +191,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **report_video_speed.TABLES,
     **report_recalkv.TABLES,
     **report_kv.TABLES,
+    **report_scale.TABLES,
 }
 
 
