@@ -23,19 +23,24 @@ def _measured(result: Any) -> dict[str, Any]:
     return {name: shape for name, shape in result["shapes"].items() if "roofline" in shape}
 
 
+def _kinds(result: Any) -> list[str]:
+    """Return the caches compared; those that are decoded as a whole are left out of large cases."""
+    return list(next(iter(_measured(result).values()))["cases"][0]["caches"])
+
+
 def memory() -> str:
     """Return bytes of one layer by context and cache; dense is larger by so much."""
     result = _read("kv")
     if result is None:
         return NOT_YET
-    rows = []
+    rows, kinds = [], _kinds(result)
     for name, shape in _measured(result).items():
         for case in shape["cases"]:
             if case["batch"] == 1:
                 dense = case["caches"]["dense"]["bytes"]
-                held = [f"{row['bytes'] / 1e6:.2f} ({dense / row['bytes']:.2f})" for row in case["caches"].values()]
+                rows_of = [case["caches"].get(kind) for kind in kinds]
+                held = [f"{row['bytes'] / 1e6:.2f} ({dense / row['bytes']:.2f})" if row else "–" for row in rows_of]
                 rows.append([f"{name}, {case['tokens']}", *held])
-    kinds = list(next(iter(_measured(result).values()))["cases"][0]["caches"])
     return table(["shape, tokens: MB of a layer (dense is larger by)", *kinds], rows)
 
 
@@ -44,15 +49,15 @@ def steps() -> str:
     result = _read("kv")
     if result is None:
         return NOT_YET
-    rows = []
+    rows, kinds = [], _kinds(result)
     for name, shape in _measured(result).items():
         for case in shape["cases"]:
+            rows_of = [case["caches"].get(kind) for kind in kinds]
             times = [
-                f"{row['microseconds']:,.0f} ({row['floor_microseconds']:,.0f})" for row in case["caches"].values()
+                f"{row['microseconds']:,.0f} ({row['floor_microseconds']:,.0f})" if row else "–" for row in rows_of
             ]
             gain = case["caches"]["dense"]["microseconds"] / case["caches"]["latents"]["microseconds"]
             rows.append([f"{name}, {case['tokens']} × {case['batch']}", *times, f"{gain:.2f}"])
-    kinds = list(next(iter(_measured(result).values()))["cases"][0]["caches"])
     environment = result["environment"]
     rates = [case["bytes_per_second"] / 1e9 for shape in _measured(result).values() for case in shape["cases"]]
     header = ["shape, tokens × rows: µs of a step (byte floor)", *kinds, "dense / latents"]
@@ -118,16 +123,14 @@ def quality() -> str:
         edges.append(2 * edges[-1])
     places = [f"{low} to {high}" for low, high in itertools.pairwise(edges)]
     perplexities = [[name, *(f"{value:.2f}" for value in row["perplexity"])] for name, row in result["rows"].items()]
-    found = [
-        [name, *(f"{row['needles'][str(n)]:.0%}" for n in result["lengths"])] for name, row in result["rows"].items()
-    ]
+    lengths = [str(n) for n in result["lengths"] if any(str(n) in row["needles"] for row in result["rows"].values())]
+    shares = [(name, [row["needles"].get(n) for n in lengths]) for name, row in result["rows"].items()]
+    found = [[name, *("–" if share is None else f"{share:.0%}" for share in row)] for name, row in shares]
     environment = result["environment"]
     return (
         table([f"perplexity by position, {count} texts of {length} tokens", *places], perplexities)
         + "\n\n"
-        + table(
-            [f"{result['needles']} needles found in a text of so many tokens", *map(str, result["lengths"])], found
-        )
+        + table([f"{result['needles']} needles found in a text of so many tokens", *lengths], found)
         + f"\n\nbfloat16; {environment['cpu']}, torch {environment['packages']['torch']}, commit "
         f"{environment['commit']}."
     )

@@ -1,6 +1,6 @@
 """Bytes that a cache holds and the time of one decoding step: latents beside dense and quantized caches.
 
-    python -m benchmarks.kv              # all shapes and contexts: about a quarter of an hour on one core
+    python -m benchmarks.kv              # all shapes and contexts: about half an hour on one core
     python -m benchmarks.kv --quick      # one short context of each; writes nothing
 
 A step is the call of one attention module with one new token per row: projections, the cache taking the token in,
@@ -28,6 +28,7 @@ import torch
 from benchmarks.common import RESULTS, ROOT, write_result
 from benchmarks.kernels.__main__ import read_rate
 from benchmarks.kv.cases import (
+    DECODED_AS_A_WHOLE,
     DENSE,
     DTYPE,
     LATENTS,
@@ -46,8 +47,10 @@ from hf_lowbit.report.bench import timed_in_turn
 
 CONTEXTS = (512, 2048, 4096, 16384)
 BATCHES = (1, 8)
-# Tokens times width of keys and values beyond which a case is left out: memory and patience.
-_LARGEST = 16384 * 2 * 2048
+# Tokens times width of keys and values beyond which a case is left out: memory and patience; and beyond which caches
+# that are decoded as a whole in every step, for seconds, take no part.
+_LARGEST = 8 * 16384 * 2 * 1024
+_LARGE = 16384 * 2 * 1024
 PLOT = ROOT / "benchmarks" / "figures" / "kv_memory.svg"
 
 
@@ -102,6 +105,8 @@ def measure(shape: Shape, tokens: int, batch: int, seconds: float) -> dict[str, 
     """Return bytes and microseconds of one layer of every cache at one context."""
     layers = layers_for(shape, tokens, batch)
     kinds = caches(models(shape, layers))
+    large = tokens * batch * 2 * shape.width > _LARGE
+    kinds = {name: kind for name, kind in kinds.items() if not (large and name in DECODED_AS_A_WHOLE)}
     filled, calls = {}, {}
     with torch.inference_mode():
         for name, (model, make) in kinds.items():
@@ -115,7 +120,7 @@ def measure(shape: Shape, tokens: int, batch: int, seconds: float) -> dict[str, 
 
             calls[name] = call
         rate = read_rate()
-        times = timed_in_turn(calls, seconds)
+        times = timed_in_turn(calls, seconds, least=5 if large else 10)
     found = {
         name: {
             "bytes": filled[name],
@@ -175,23 +180,30 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short context; writes nothing")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="others keep figures")
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS, help="tokens in a cache")
+    parser.add_argument("--batches", nargs="+", type=int, choices=BATCHES, default=BATCHES, help="rows of a batch")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each case, at least ten turns")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="for each case, at least ten turns, or five of large caches"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     path = RESULTS / "kv.json"
     result: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {"shapes": {}}
-    result["kernel"], result["kvpress"] = cpu.ISAS[cpu.load()[1]], kvpress_runs()
+    result["kernel"], presses = cpu.ISAS[cpu.load()[1]], kvpress_runs()
+    if not (presses.startswith("not installed") and "kvpress" in result):  # what was found when it was there stays
+        result["kvpress"] = presses
     for name in arguments.shapes:
         shape = SHAPES[name]
         cases = [] if arguments.quick else result["shapes"].setdefault(name, {}).setdefault("cases", [])
         known = {(case["tokens"], case["batch"]) for case in cases}
         for tokens in CONTEXTS[:1] if arguments.quick else arguments.contexts:
-            for batch in BATCHES:
+            for batch in arguments.batches:
                 if tokens * batch * 2 * shape.width > _LARGEST or (tokens, batch) in known:
                     continue
-                cases.append(measure(shape, tokens, batch, arguments.seconds))
-                steps = {kind: row["microseconds"] for kind, row in cases[-1]["caches"].items()}
+                case = measure(shape, tokens, batch, arguments.seconds)
+                cases.append(case)
+                cases.sort(key=lambda one: (one["tokens"], one["batch"]))
+                steps = {kind: row["microseconds"] for kind, row in case["caches"].items()}
                 print(name, tokens, batch, steps, flush=True)
                 if not arguments.quick:
                     write_result("kv", result)

@@ -19,6 +19,8 @@ from hf_lowbit.layers import PackedLinear
 
 DTYPE = torch.bfloat16
 DENSE, LATENTS = "dense", "latents"
+FP8, QUANTO, HQQ = "fp8 (transformers)", "quanto, 4 bits (transformers)", "hqq, 4 bits (transformers)"
+DECODED_AS_A_WHOLE = (FP8, QUANTO, HQQ)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,7 @@ SHAPES = {
 # layers of a model are not read from a cache.
 _COLD_BYTES = 64_000_000
 _MOST_LAYERS = 30
+_OWN_TOKENS = 2048
 
 
 def layers_for(shape: Shape, tokens: int, batch: int) -> int:
@@ -116,19 +119,19 @@ def caches(found: dict[str, Any]) -> dict[str, tuple[Any, Callable[[], Cache]]]:
         return lambda: ReCalKVCache(latent.config, latent_bits=bits)
 
     kinds = {
-        "dense": (dense, lambda: DynamicCache(config=dense.config)),
-        "fp8 (transformers)": (dense, lambda: QuantizedCache("fp8", dense.config)),
+        DENSE: (dense, lambda: DynamicCache(config=dense.config)),
+        FP8: (dense, lambda: QuantizedCache("fp8", dense.config)),
     }
     if is_optimum_quanto_available():
-        kinds["quanto, 4 bits (transformers)"] = (dense, lambda: QuantizedCache("quanto", dense.config, nbits=4))
+        kinds[QUANTO] = (dense, lambda: QuantizedCache("quanto", dense.config, nbits=4))
     if is_hqq_available():
-        kinds["hqq, 4 bits (transformers)"] = (
+        kinds[HQQ] = (
             dense,
             lambda: QuantizedCache("hqq", dense.config, nbits=4, axis_key=1, axis_value=1),
         )
     return {
         **kinds,
-        "latents": (latent, lambda: DynamicCache(config=latent.config)),
+        LATENTS: (latent, lambda: DynamicCache(config=latent.config)),
         "latents, 8 bits": (latent, codes(8)),
         "latents, 4 bits": (latent, codes(4)),
         "latents, 3 bits": (latent, codes(3)),
@@ -136,16 +139,20 @@ def caches(found: dict[str, Any]) -> dict[str, tuple[Any, Callable[[], Cache]]]:
 
 
 def fill(model: Any, cache: Cache, shape: Shape, tokens: int, batch: int) -> None:
-    """Put keys and values of random inputs into all layers of a cache: attention itself is not needed for that."""
+    """Put keys and values of random inputs into all layers of a cache: attention itself is not needed for that.
+
+    In long caches they come again and again, which changes nothing about bytes and times and spares most of the work.
+    """
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(batch, tokens, shape.hidden, generator=generator).to(DTYPE)
+    x = torch.randn(batch, min(tokens, _OWN_TOKENS), shape.hidden, generator=generator).to(DTYPE)
     for index, layer in enumerate(model.model.layers):
         attention = layer.self_attn
         first = 0
         if isinstance(attention.k_proj, PackedLinear):
             step(attention, model, cache, x[:, :1], 0)  # which makes the layer one of latents
             first = 1
-        keys, values = _states(attention, x[:, first:], shape)
+        again = -(-tokens // x.shape[1])
+        keys, values = (states.repeat(1, 1, again, 1)[:, :, first:tokens] for states in _states(attention, x, shape))
         cache.update(keys, values, index, position_ids=torch.arange(first, tokens)[None])
 
 

@@ -1,20 +1,22 @@
 """Long texts with a compressed cache: perplexity by position, and what is found again that stands far back.
 
-    python -m benchmarks.kv.quality          # about ten minutes on two idle cores; less with --tokens 2048
+    python -m benchmarks.kv.quality          # about half an hour on one idle core; less with --tokens 2048
 
 SmolLM2-135M-Instruct, which was trained on 8192 positions, reads held-out Wikipedia articles in pieces of 512 tokens
 with the cache that is measured; every row of a table uses the same texts. Needles are sentences with a name and a
 number, put at a tenth, half and nine tenths of a text; at its end the sentence begins again, and the number counts as
-found if the model's most likely tokens are all of its tokens. The model is compressed once (32 × 512 tokens, half of
-the cache's width, factors mixed for few bits) and kept in the cache folder of ``assets``.
+found if the model's most likely tokens are all of its tokens. The model is compressed twice (32 × 512 tokens, half of
+the cache's width, factors mixed for few bits), with gradients of plain text and of text in which passages return, and
+kept in the cache folder of ``assets``.
 
-Writes ``benchmarks/results/kv_quality.json``.
+Writes ``benchmarks/results/kv_quality.json``, row by row; what it holds already is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache
 
 import assets
-from benchmarks.common import write_result
+from benchmarks.common import RESULTS, write_result
 from hf_lowbit import ReCalKVCache, ReCalKVConfig, RunOptions
 from hf_lowbit.hf.save import save_model
 from hf_lowbit.report.evaluate import heldout_tokens
@@ -34,14 +36,26 @@ from hf_lowbit.report.evaluate import heldout_tokens
 PIECE = 512
 DEPTHS = (0.1, 0.5, 0.9)
 NEEDLES = (("Tobermory", "48 16 93"), ("Lillesand", "70 25 61"))
-LENGTHS = (512, 2048, 4096)  # of texts with a needle
+LENGTHS = (512, 2048, 4096, 8192)  # of texts with a needle
 NEEDLE = "The secret number of {} is {}."
-# Reads in pieces with every cache; None is the dense model.
-CACHES: dict[str, int | None] = {"dense": None, "latents": 0, "latents, 8 bits": 8, "latents, 4 bits": 4}
+# what gradients are taken of -> options
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {"recall": 0.0, "gradient_length": 256},
+    "returns": {"recall": 0.25, "gradient_length": 512},
+}
+# Reads in pieces with every cache: of which model, in how many bits; None is the dense model, and 0 for all bits.
+CACHES: dict[str, tuple[str | None, int]] = {
+    "dense": (None, 0),
+    "latents": ("plain", 0),
+    "latents, 8 bits": ("plain", 8),
+    "latents, 4 bits": ("plain", 4),
+    "latents, `recall=0.25`": ("returns", 0),
+    "latents, 4 bits, `recall=0.25`": ("returns", 4),
+}
 
 
-def compressed() -> Path:
-    """Return the folder of the compressed model, made at the first call."""
+def compressed(kind: str) -> Path:
+    """Return the folder of a compressed model, made at the first call."""
 
     def build(target: Path, work: Path) -> None:
         config = ReCalKVConfig(
@@ -51,6 +65,7 @@ def compressed() -> Path:
             samples=32,
             sequence_length=512,
             run=RunOptions(progress=False),
+            **MODELS[kind],
         )
         model = AutoModelForCausalLM.from_pretrained(
             assets.smollm2(), dtype=torch.bfloat16, quantization_config=config
@@ -59,14 +74,14 @@ def compressed() -> Path:
         target.rmdir()
         (work / "saved").rename(target)
 
-    return assets.cached("smollm2-recalkv-1", None, build)
+    return assets.cached("smollm2-recalkv-1" if kind == "plain" else f"smollm2-recalkv-{kind}-1", None, build)
 
 
-def made(model: Any, bits: int | None) -> Cache:
-    """Return an empty cache for a model; None is one of dense keys and values, 0 of latents as they are."""
-    return (
-        DynamicCache(config=model.config) if bits is None else ReCalKVCache.from_model(model, latent_bits=bits or None)
-    )
+def made(model: Any, bits: int) -> Cache:
+    """Return an empty cache for a model, dense or of latents; 0 bits keep them as they are."""
+    if not getattr(model, "is_quantized", False):
+        return DynamicCache(config=model.config)
+    return ReCalKVCache.from_model(model, latent_bits=bits or None)
 
 
 @torch.inference_mode()
@@ -81,7 +96,7 @@ def losses(model: Any, tokens: Tensor, cache: Cache) -> Tensor:
     return torch.cat(found)
 
 
-def by_position(model: Any, texts: Tensor, bits: int | None) -> list[float]:
+def by_position(model: Any, texts: Tensor, bits: int) -> list[float]:
     """Return the perplexity of each doubling of the position: up to 512, 1024, 2048 and so on."""
     found = torch.stack([losses(model, text[None], made(model, bits)) for text in texts])
     edges = [0, PIECE]
@@ -110,45 +125,51 @@ def is_found(model: Any, prompt: Tensor, answer: Tensor, cache: Cache) -> bool:
     return bool((logits.argmax(-1) == answer).all())
 
 
-def needles(model: Any, tokenizer: Any, texts: Tensor, bits: int | None, lengths: list[int]) -> dict[str, float]:
-    """Return the share of needles that are found by the length of the text."""
-    shares = {}
-    for length in lengths:
-        found = [
-            is_found(model, *haystack(tokenizer, text[:length], depth, needle), made(model, bits))
-            for text in texts
-            for needle in NEEDLES
-            for depth in DEPTHS
-        ]
-        shares[str(length)] = sum(found) / len(found)
-    return shares
+def needles(model: Any, tokenizer: Any, text: Tensor, bits: int, length: int) -> float:
+    """Return the share of needles that are found in a text of so many tokens."""
+    found = [
+        is_found(model, *haystack(tokenizer, text[:length], depth, needle), made(model, bits))
+        for needle in NEEDLES
+        for depth in DEPTHS
+    ]
+    return sum(found) / len(found)
 
 
 def main() -> None:
     """Parse arguments, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192, help="length of the longest text (default 8192)")
-    parser.add_argument("--texts", type=int, default=3, help="number of texts for perplexity (default 3)")
-    parser.add_argument("--needles", type=int, default=4096, help="length of the longest text with a needle")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of the texts for perplexity (default 4096)")
+    parser.add_argument("--texts", type=int, default=2, help="number of texts for perplexity (default 2)")
+    parser.add_argument("--needles", nargs="+", type=int, choices=LENGTHS, default=LENGTHS, help="texts with a needle")
+    parser.add_argument("--caches", nargs="+", choices=list(CACHES), default=list(CACHES), help="others keep figures")
     arguments = parser.parse_args()
     path = assets.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    texts = heldout_tokens(assets.wikipedia("heldout"), tokenizer, arguments.texts, arguments.tokens)
-    lengths = [length for length in LENGTHS if length <= min(arguments.tokens, arguments.needles)]
-    models = {None: AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)}
-    models[0] = AutoModelForCausalLM.from_pretrained(compressed(), dtype=torch.bfloat16)
-    rows: dict[str, Any] = {}
-    for name, bits in CACHES.items():
-        model = models[None if bits is None else 0].eval()
-        rows[name] = {
-            "perplexity": by_position(model, texts, bits),
-            "needles": needles(model, tokenizer, texts[:1], bits, lengths),
-        }
-        print(name, rows[name], flush=True)
-    write_result(
-        "kv_quality",
-        {"texts": list(texts.shape), "lengths": lengths, "needles": len(NEEDLES) * len(DEPTHS), "rows": rows},
-    )
+    file = RESULTS / "kv_quality.json"
+    result: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {"rows": {}}
+    shape = [arguments.texts, arguments.tokens]
+    if result.setdefault("texts", shape) != shape:
+        raise SystemExit(f"{file} is of {result['texts']} texts and tokens, {shape} are asked for; remove it first")
+    texts = heldout_tokens(assets.wikipedia("heldout"), tokenizer, *shape)
+    far = heldout_tokens(assets.wikipedia("heldout"), tokenizer, 1, max(LENGTHS))[0]
+    for name in arguments.caches:
+        kind, bits = CACHES[name]
+        row = result["rows"].setdefault(name, {"needles": {}})
+        wanted = [length for length in arguments.needles if str(length) not in row["needles"]]
+        if "perplexity" in row and not wanted:
+            continue
+        model = AutoModelForCausalLM.from_pretrained(path if kind is None else compressed(kind), dtype=torch.bfloat16)
+        if "perplexity" not in row:
+            row["perplexity"] = by_position(model.eval(), texts, bits)
+            print(name, row["perplexity"], flush=True)
+        for length in wanted:
+            # a text of its own length, so that a figure does not depend on which others are measured
+            row["needles"][str(length)] = needles(
+                model, tokenizer, far if length > shape[1] else texts[0], bits, length
+            )
+            print(name, length, row["needles"][str(length)], flush=True)
+            result |= {"lengths": list(LENGTHS), "needles": len(NEEDLES) * len(DEPTHS)}
+            write_result("kv_quality", result)
 
 
 if __name__ == "__main__":

@@ -117,11 +117,16 @@ def kernel_table(path: str | Path | None, device: str) -> Table:
     return table
 
 
-def timed_in_turn(products: Mapping[str, Callable[[int], Any]], seconds: float) -> dict[str, list[float]]:
-    """Return times in seconds of each product, all in turn for about so long; each is given the number of its turn."""
+def timed_in_turn(
+    products: Mapping[str, Callable[[int], Any]], seconds: float, least: int = 10
+) -> dict[str, list[float]]:
+    """Return times in seconds of each product, all in turn for about so long; each is given the number of its turn.
+
+    There are ``least`` turns or more; the first two are not counted.
+    """
     times: dict[str, list[float]] = {name: [] for name in products}
     turn, end = 0, time.perf_counter() + seconds
-    while time.perf_counter() < end or turn < 10:
+    while time.perf_counter() < end or turn < least:
         for name, product in products.items():
             began = time.perf_counter()
             product(turn)
