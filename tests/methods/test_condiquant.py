@@ -12,6 +12,8 @@ from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
 import hf_lowbit
 from hf_lowbit import CalibrationError, CondiQuantConfig, PackedLinear, RunOptions, packed_modules, registry
 from hf_lowbit.calibration.stats import LinearStats
+from hf_lowbit.formats import IntegerFormat
+from hf_lowbit.formats.integer import IntegerSpec
 from hf_lowbit.kernels.rounding import on_range, range_codes
 from hf_lowbit.methods.condiquant import attention
 from hf_lowbit.methods.condiquant.algorithm import fit, parts_of
@@ -476,15 +478,36 @@ def test_rules_of_a_recipe_finish_their_own_layers():
     assert len(dict(attention.converted(model))) == 2
 
 
-def test_compression_ratios_of_the_paper():
-    """SwinIR-light as the paper counts: no tables of positions, no ends of grids; 3.60× is ×4 at 2 bits."""
-    quantized = 691_200
-    blocks, width, hidden = 24, 60, 120
-    assert blocks * (4 * width * width + 2 * width * hidden) == quantized
-    wanted = {877_752: (3.82, 3.49, 3.22), 885_867: (3.72, 3.41, 3.15), 897_228: (3.60, 3.31, 3.07)}
-    for parameters, ratios in wanted.items():
-        for bits, ratio in zip((2, 3, 4), ratios, strict=True):
-            assert 32 * parameters / (32 * (parameters - quantized) + bits * quantized) == pytest.approx(
-                ratio, abs=0.005
-            )
+# SwinIR-light, without its tables of positions: 24 blocks of width 60, whose four layers are quantized
+WIDTH, BLOCKS, GROUPS = 60, 24, 4
+LAYERS = ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (2 * WIDTH, WIDTH), (WIDTH, 2 * WIDTH))
+
+
+def swinir_light(scale):
+    """Parameters of the model, and those of them that are quantized."""
+    weights = sum(rows * columns for rows, columns in LAYERS)
+    norms, biases = 2 * 2 * WIDTH, sum(rows for rows, _ in LAYERS)
+    convolution = 9 * WIDTH * WIDTH + WIDTH
+    up = (9 * WIDTH + 1) * 3 * scale**2
+    ends = (9 * 3 * WIDTH + WIDTH) + 2 * (2 * WIDTH) + convolution + up
+    return BLOCKS * (weights + norms + biases) + GROUPS * convolution + ends, BLOCKS * weights
+
+
+@pytest.mark.parametrize(
+    ("scale", "parameters", "ratios"),
+    [(2, 877_752, (3.82, 3.49, 3.22)), (3, 885_867, (3.72, 3.41, 3.15)), (4, 897_228, (3.60, 3.31, 3.07))],
+)
+def test_compression_ratios_of_the_paper(scale, parameters, ratios):
+    """It counts bits of codes alone; 3.60 is scale 4 at 2 bits. Packed, ends of grids and rows of full bytes add."""
+    assert swinir_light(scale) == (parameters, 691_200)
+    for bits, ratio in zip((2, 3, 4), ratios, strict=True):
+        dense, packed = 4 * (parameters - 691_200), 0
+        assert 4 * parameters / (dense + bits * 691_200 / 8) == pytest.approx(ratio, abs=0.005)
+        for (rows, columns), parts in zip(LAYERS, (3, 1, 1, 1), strict=True):
+            spec = IntegerSpec(rows, columns, bits, parts=parts, activation="static", act_bits=bits)
+            codes, ends = torch.zeros(rows, columns, dtype=torch.uint8), torch.tensor([[0.0, 1.0]])
+            form = IntegerFormat.pack(spec, codes, bounds=ends.expand(parts, 2), act_bounds=ends[0])
+            assert form.nbytes == rows * -(-columns * bits // 8) + 8 * (parts + 1)
+            packed += BLOCKS * form.nbytes
+        assert 0.99 * ratio < 4 * parameters / (dense + packed) < ratio + 0.005
     assert registry.get("condiquant").format == "integer"
