@@ -116,7 +116,9 @@ class LowBitHfQuantizer(HfQuantizer):
         """Refuse tensor parallelism, which would cut packed rows apart."""
         distributed = getattr(model.config, "distributed_config", None)
         if (getattr(distributed, "tp_size", None) or 1) > 1:
-            raise ValueError("hf_lowbit: tensor parallelism is not supported")
+            raise ValueError(
+                "hf_lowbit: tensor parallelism is not supported, packed rows cannot be cut apart; leave out tp_plan"
+            )
 
     # Loading -----------------------------------------------------------------------------------------------------
 

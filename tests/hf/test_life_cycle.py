@@ -264,18 +264,21 @@ torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeSto
 import hf_lowbit
 for folder, config in ((sys.argv[1], None), (sys.argv[2], hf_lowbit.ARBConfig(calibration=None))):
     options = {} if config is None else {"quantization_config": config}
-    try:
-        AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2), **options)
-    except ValueError as error:
-        print(error)
+    for way in ({"distributed_config": DistributedConfig(tp_size=2)}, {"tp_plan": "auto"}):
+        try:
+            AutoModelForCausalLM.from_pretrained(folder, **way, **options)
+        except ValueError as error:
+            print(error)
 """
 
 
 def test_tensor_parallelism_is_refused(paths):
     """In a process that believes itself to be one of two; a process group cannot be undone within the test run."""
     command = [sys.executable, "-c", TENSOR_PARALLEL, str(paths / "packed"), str(paths / "dense")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == 2 * ["hf_lowbit: tensor parallelism is not supported"], done.stderr[-2000:]
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    refused = "hf_lowbit: tensor parallelism is not supported, packed rows cannot be cut apart; leave out tp_plan"
+    assert done.stdout.splitlines() == 4 * [refused], done.stderr[-2000:]
 
 
 def test_moving_away_and_to_the_cpu(packed):
