@@ -1,6 +1,7 @@
 """Quality at equal bytes: weight methods, recipes chosen under a budget, and other libraries, on SmolLM2-135M.
 
-    pip install -e '.[budget,peers]'                     # HQQ, quanto, torchao, bitsandbytes, LLM Compressor (GPTQ)
+    pip install -e '.[budget,peers]'                     # HQQ, quanto, torchao, bitsandbytes
+    pip install --no-deps llmcompressor==0.14.0.1 compressed-tensors==0.20.0 loguru==0.7.3    # GPTQ
     python -m benchmarks.equal_bytes errors              # what candidates lose on every layer; the others need it
     python -m benchmarks.equal_bytes rows                # compress, save, load, perplexity; resumes after the last row
     python -m benchmarks.equal_bytes rows --only hqq-2-64
@@ -195,7 +196,7 @@ def measure_peer(name: str, data: Text) -> dict[str, Any]:
     began = time.process_time()
     model = make(dense, data.calibration)
     seconds = time.process_time() - began
-    stored = sum(peers.stored_bytes(model.get_submodule(layer)) for layer in weights)
+    stored = peers.stored_bytes(model, weights)
     return {
         "perplexity": perplexity(model, data.heldout, 4),
         "bits": 8 * stored / sum(weights.values()),

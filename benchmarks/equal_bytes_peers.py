@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import assets
+from hf_lowbit.compress.headers import read_headers
 
 Make = Callable[[Any, Tensor], Any]
 
@@ -121,14 +124,29 @@ ROWS: dict[str, tuple[str, Make]] = {
     "quanto-2": ("optimum-quanto", quanto("qint2")),
     "quanto-4": ("optimum-quanto", quanto("qint4")),
     "bitsandbytes-nf4": ("bitsandbytes", bitsandbytes("nf4", True)),
+    "gptq-2-64": ("llmcompressor", gptq(2, 64)),
+    "gptq-3-128": ("llmcompressor", gptq(3, 128)),
     "torchao-4-32": ("torchao", torchao(4, 32)),
     "torchao-3-64": ("torchao", torchao(3, 64)),
     "torchao-2-64": ("torchao", torchao(2, 64)),
 }
 
 
-def stored_bytes(module: Any) -> int:
-    """Return the bytes of all tensors that a quantized layer holds: codes, scales, zero points, tables."""
+def stored_bytes(model: Any, names: Collection[str]) -> int:
+    """Return the bytes that a library stores for linear layers: codes, scales, zero points, tables.
+
+    Those of the tensors that the layers hold; of LLM Compressor, which holds rounded weights, those of the file that
+    it writes.
+    """
+    if not hasattr(model.get_submodule(next(iter(names))), "quantization_scheme"):
+        return sum(_held_bytes(model.get_submodule(name)) for name in names)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, save_compressed=True)
+        headers = [one for file in Path(folder).glob("*.safetensors") for one in read_headers(file).items()]
+    return sum(header.nbytes for key, header in headers if key.rpartition(".")[0] in names)
+
+
+def _held_bytes(module: Any) -> int:
     seen: dict[int, int] = {}
 
     def add(value: Any, depth: int = 0) -> None:

@@ -21,7 +21,9 @@ from benchmarks import (
     report_adasvd,
     report_binary_conv,
     report_cache,
+    report_compatibility,
     report_condiquant,
+    report_equal_bytes,
     report_integer,
     report_kernels,
     report_kv,
@@ -184,7 +186,9 @@ TABLES: dict[str, Callable[[], str]] = {
     **report_pbs2p.TABLES,
     **report_adasvd.TABLES,
     **report_cache.TABLES,
+    **report_compatibility.TABLES,
     **report_condiquant.TABLES,
+    **report_equal_bytes.TABLES,
     **report_integer.TABLES,
     **report_texts.TABLES,
     **report_video.TABLES,
@@ -207,7 +211,7 @@ def rendered(text: str) -> str:
 
 def documents() -> dict[Path, str]:
     """Return the documents with tables, the example cards, and what each should read."""
-    paths = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+    paths = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "compatibility.md"]
     return {**{path: rendered(path.read_text(encoding="utf-8")) for path in paths}, **cards.documents()}
 
 

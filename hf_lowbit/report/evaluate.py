@@ -54,7 +54,7 @@ def perplexity(model: Any, tokens: Tensor, batch_size: int = 4, progress: bool =
     was_training = model.training
     model.eval()
     total = 0.0
-    with torch.inference_mode(), tqdm(total=len(tokens), desc="perplexity", unit="seq", disable=not progress) as bar:
+    with torch.no_grad(), tqdm(total=len(tokens), desc="perplexity", unit="seq", disable=not progress) as bar:
         for batch in tokens.split(batch_size):
             ids = batch.to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits
@@ -124,7 +124,7 @@ def decode_speed(
             inputs = {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}
             _wait_for(model)
             began = time.perf_counter()
-            with torch.inference_mode():
+            with torch.no_grad():
                 model.generate(**inputs, generation_config=settings)
             _wait_for(model)
             if number:
