@@ -36,6 +36,7 @@ TITLES = {
     "loss, pairs": "**default** with groups {0, 1}, {2}",
     "loss by head": "**default**, weighed for each head apart",
     "default": "**default**: one group each, ranks by energy, both weighed by the loss",
+    "returns": "**default** with `recall=0.25, gradient_length=512`, for long texts",
 }
 # Perplexity on WikiText2, arXiv 2505.24357, Table 1: dense, then Palu and ReCalKV at 50, 60 and 70 % compression.
 PAPER = {

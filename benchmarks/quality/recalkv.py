@@ -80,6 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "loss, pairs": {"key_group_size": 2, "value_group_size": 2, "ragged_groups": True},
     "loss, uniform": {"rank_allocation": "uniform", "rank_multiple": 1},
     "loss, fisher_uniform": {"rank_allocation": "fisher_uniform"},
+    "returns": {"recall": 0.25, "gradient_length": 512},
 }
 AT_ONE_RATIO = ("loss, pairs", "loss, uniform", "loss, fisher_uniform")
 SINGLES: dict[str, dict[str, Any]] = {
@@ -145,6 +146,7 @@ class Bench:
         """
         self.model, self.calibration, self.heldout = model, calibration, heldout
         self.names = [name for name, _ in model.named_modules() if projection_of(model, name) is not None]
+        self._losses: dict[tuple[int, float], dict[str, GradientStats]] = {}
 
     @functools.cached_property
     def stats(self) -> dict[str, LinearStats]:
@@ -155,14 +157,15 @@ class Bench:
                 self.model(input_ids=batch, use_cache=False, logits_to_keep=1)
         return stats
 
-    @functools.cached_property
-    def loss(self) -> dict[str, GradientStats]:
-        """Gradients at all projections, as a run with the default options measures them."""
-        config = self.config()
-        run = Run(self.model, config)
-        with torch.no_grad():
-            measures = StackMeasures(run, run.stacks[0], run.batches)
-            return measures.gradients(self.names, config.gradient_samples, config.gradient_length)
+    def loss(self, config: ReCalKVConfig) -> dict[str, GradientStats]:
+        """Return gradients at all projections, as a run measures them; once for all variants that ask for the same."""
+        asked = config.gradient_length, config.recall
+        if asked not in self._losses:
+            run = Run(self.model, config)
+            with torch.no_grad():
+                measures = StackMeasures(run, run.stacks[0], run.batches)
+                self._losses[asked] = measures.gradients(self.names, config.gradient_samples, *asked)
+        return self._losses[asked]
 
     def config(self, **options: Any) -> ReCalKVConfig:
         """Return a config of this model's calibration."""
@@ -172,9 +175,11 @@ class Bench:
         )
 
     # what the method asks of a run
-    def gradients(self, names: Sequence[str], samples: int, length: int) -> dict[str, GradientStats]:
+    def gradients(
+        self, names: Sequence[str], samples: int, length: int, recall: float = 0.0
+    ) -> dict[str, GradientStats]:
         """Return the shared gradients."""
-        return self.loss
+        return self.loss(self.config(gradient_samples=samples, gradient_length=length, recall=recall))
 
     def dense_inputs(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor, LinearStats]]:
         """Yield the shared statistics."""
@@ -203,7 +208,7 @@ class Bench:
                 unit = registry.LinearUnit(projection.name, layer.weight.detach(), projection=projection)
                 seen = PairedStats(dense=self.stats[projection.name])
                 if config.weighting != "none":
-                    seen.gradients = self.loss[projection.name].second_moment
+                    seen.gradients = self.loss(config)[projection.name].second_moment
                 packed = method.compress(unit, seen, config)
                 residual = layer.weight.detach() - packed.unpack()
                 moment = self.stats[projection.name].second_moment(torch.float64)
