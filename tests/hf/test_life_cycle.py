@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import os
 import subprocess
 import sys
 
