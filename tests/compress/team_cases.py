@@ -55,6 +55,12 @@ def recipe(**changes: Any) -> LowBitRecipe:
     return LowBitRecipe(rules)
 
 
+def budget(**data: Any) -> LowBitRecipe:
+    """Candidates of two methods for every layer."""
+    integers = [DVDQuantConfig(preset="weights", w_bits=bits, **data) for bits in (2, 3, 4)]
+    return LowBitRecipe({"*": [*integers, quick(**data)]}, target_bits_per_weight=3.6)
+
+
 # case -> (dense model, config); names of models are those of `save_dense`
 CASES: dict[str, tuple[str, Any]] = {
     "llama-free": ("llama", lambda: quick(calibration=None)),
@@ -72,11 +78,13 @@ CASES: dict[str, tuple[str, Any]] = {
     "llama-stacked": ("llama", lambda: AdaSVDConfig(ratio=0.5, buckets=4, sequential=False, **DATA)),
     "llama-latent": ("llama", lambda: ReCalKVConfig(rank_multiple=4, ocmf="cross", **DATA)),
     "llama-mixed": ("llama", recipe),
+    "llama-budget": ("llama", lambda: budget(**DATA)),
+    "llama-budget-free": ("llama", lambda: budget(calibration=None)),
     "images": ("swin", lambda: test_condiquant.quick(weight_bits=2, act_bits=2)),
     "images-learned": ("swin", lambda: test_condiquant.quick(sequential=True, refine="dqc", refine_steps=4)),
 }
 FAILING = ("llama-few", "llama-broken")
-EXACT = ("llama-free", "llama-one-layer", "llama-integer", "mixtral-free", "wan-integer")
+EXACT = ("llama-free", "llama-one-layer", "llama-integer", "llama-budget-free", "mixtral-free", "wan-integer")
 KINDS = {"swin": Swin2SRForImageSuperResolution, "wan": WanTransformer3DModel}
 
 
