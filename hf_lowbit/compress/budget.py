@@ -108,9 +108,11 @@ class Budget:
         self.plan: tuple[Row, ...] = ()
         self._header = 0  # bytes of a header for each entry of a tensor
         fixed = self._fixed_bytes() if config.target_bytes is not None else 0
+        dense = 0  # weights that a rule covers and that stay as they are
         for name in list(run.targets.methods):
-            fixed += self._look_at(name, among)
-        weights = sum(math.prod(run.shape_of(name)) for name in run.targets.methods)
+            taken, left = self._look_at(name, among)
+            fixed, dense = fixed + taken, dense + left
+        weights = sum(math.prod(run.shape_of(name)) for name in run.targets.methods) - dense
         if config.target_bits_per_weight is not None:
             total = math.floor(config.target_bits_per_weight * weights / 8)
         else:
@@ -120,21 +122,23 @@ class Budget:
         if least > self.room:
             raise ValueError(self._refusal(fixed + least, weights))
 
-    def _look_at(self, name: str, among: dict[int, tuple[LowBitConfig, ...]]) -> int:
-        """List the candidates of a layer; return the bytes of one that has none."""
+    def _look_at(self, name: str, among: dict[int, tuple[LowBitConfig, ...]]) -> tuple[int, int]:
+        """List the candidates of a layer; return the bytes of one without, and its weights if it stays dense."""
         run, methods = self._run, self._run.targets.methods
         own = among.get(id(methods[name]))
+        if own is None and run.reason_to_leave(name, methods[name]):
+            return self._dense_bytes(name), math.prod(run.shape_of(name))
         if own is None:
-            return 0 if run.reason_to_leave(name, methods[name]) else self._bytes(name, methods[name])
+            return self._bytes(name, methods[name]), 0
         reasons = {id(one): run.reason_to_leave(name, one, wanted=True) for one in own}
         fitting = [one for one in own if reasons[id(one)] is None]
         if not fitting:
             del methods[name]
             run.targets.dense[name] = str(reasons[id(own[0])])
-            return self._dense_bytes(name)
+            return self._dense_bytes(name), 0
         methods[name] = fitting[0]
         self.candidates[name], self.sizes[name] = fitting, [self._bytes(name, one) for one in fitting]
-        return 0
+        return 0, 0
 
     def _bytes(self, name: str, rule: LowBitConfig) -> int:
         """Return the most bytes of a packed layer, with those of its headers where files are counted."""
