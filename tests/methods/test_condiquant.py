@@ -65,7 +65,7 @@ def test_a_layer_is_the_definition(bits):
     torch.manual_seed(1)
     weight, rows = torch.randn(10, 14), torch.randn(64, 14) @ torch.randn(14, 14)
     stats, trace = stats_of(rows), []
-    options = quick(weight_bits=bits, act_bits=bits)
+    options = quick(weight_bits=bits, act_bits=bits, bound_search="dobi")
     found = fit(weight, stats, options, "layer", trace)
     bounds = torch.tensor(search_bounds(rows, bits, candidates=10))
     errors = {}
@@ -140,7 +140,7 @@ def test_queries_keys_and_values_in_one_are_three():
 def test_every_option_of_a_layer_changes_the_result():
     weight, rows = torch.randn(12, 16), torch.randn(200, 16) ** 3
     stats = stats_of(rows, 200)
-    base = {"weight_bits": 3, "act_bits": 3, "cond_strength": 0.05}
+    base = {"weight_bits": 3, "act_bits": 3, "cond_strength": 0.05, "bound_search": "dobi"}
     plain = fit(weight, stats, quick(**base), "layer", [])
     for changes in (
         {"cond_strength": 0.0}, {"cond_strength": 0.5}, {"cond_steps": 40}, {"regularizer": "top"},
@@ -155,7 +155,7 @@ def test_every_option_of_a_layer_changes_the_result():
         else:
             same = same and plain.act_bounds is other.act_bounds
         assert not same, changes
-    narrow = fit(weight, stats, quick(**base, bound_search="percentile", percentile=0.9), "layer", [])
+    narrow = fit(weight, stats, quick(**{**base, "bound_search": "percentile", "percentile": 0.9}), "layer", [])
     assert narrow.bounds[0, 1] < plain.bounds[0, 1] * 1.01
 
 
@@ -365,7 +365,8 @@ def distance(model, dense, images):
 def test_learned_grids_are_nearer_to_the_dense_model():
     dense, images = tiny_model(), photos(4, 32)
     plain, learned = tiny_model(), tiny_model()
-    options = {"weight_bits": 2, "act_bits": 2, "cond_strength": 0.01, "degradation": "none", "calibration": images}
+    options = {"weight_bits": 2, "act_bits": 2, "cond_strength": 0.01, "bound_search": "dobi"}
+    options |= {"degradation": "none", "calibration": images}
     hf_lowbit.quantize(plain, quick(**options))
     before = {name: layer.packed.codes() for name, layer in packed_modules(plain).items()}
     hf_lowbit.quantize(learned, quick(**options, refine="dqc", refine_steps=25, refine_batch=4))
