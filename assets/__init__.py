@@ -7,8 +7,8 @@ form the rest of the code wants, and kept in a cache folder (``~/.cache/hf_lowbi
     smollm2-135m-instruct/    config.json  generation_config.json  model.safetensors (bfloat16)  tokenizer
     gemma3-270m/              the same
     text-1/                   wikipedia-calibration.txt  wikipedia-heldout.txt  news.txt  wikipedia.xml.bz2
-    photos-1/                 train/  heldout/  PNG files
-    swin2sr-small-1/          config.json  model.safetensors: see assets.super_resolution
+    photos-2/                 train/  heldout/  PNG files
+    swin2sr-small-2/          config.json  model.safetensors: see assets.super_resolution
     video-full-1/             a small video transformer, trained here: see assets.video
 
 The models come from 4- to 8-bit GGUF files: they are good enough to compress and to compare with themselves, but a

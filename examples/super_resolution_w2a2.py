@@ -1,6 +1,6 @@
 """Double the size of photographs with a dense model and with its 4, 3 and 2-bit versions, and put them side by side.
 
-``python examples/super_resolution_w2a2.py`` trains a small Swin2SR on first use (eight minutes of one core, kept in
+``python examples/super_resolution_w2a2.py`` trains a small Swin2SR on first use (13 minutes of one core, kept in
 the cache folder) and quantizes weights and activations by CondiQuant. ``--tiny`` does the same with a model trained
 for seconds, which is worse than bicubic interpolation. Written is ``strip.png``: for each photograph bicubic, dense,
 W4A4, W3A3, W2A2 and the truth.
