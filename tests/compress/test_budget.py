@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
@@ -332,6 +333,31 @@ def test_refusals():
     with pytest.raises(ValueError, match="give it importance='uniform'"):
         rules = {"*.down_proj": PBS2PConfig(**DATA, **QUICK), "*": two}
         quantize(tiny_model(), LowBitRecipe(rules, target_bits_per_weight=5, run=QUIET))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["lm_head", "layers.1", "*.up_proj", "model", "q_proj", "layers.?.mlp", "1.mlp", "ayers.1"]
+)
+def test_plain_names_match_as_globs_do(pattern):
+    names = ["lm_head", "model.lm_head", "model.layers.1.mlp.up_proj", "model.layers.11.mlp.up_proj", "x.q_proj.y"]
+    for name in names:
+        parts = name.split(".")
+        heads = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        expected = any(fnmatchcase(path, one) for path in heads for one in (pattern, f"*.{pattern}"))
+        assert matches(pattern, name) == expected
+        assert matches(f"none.such|{pattern}|*.nor_this", name) == expected
+
+
+def test_a_rule_that_leaves_layers_dense_counts_them_as_dense(dense, tmp_path):
+    """At ratio 1 factors save nothing: in bytes the layers are dense, in bits they are not packed at all."""
+    nothing = AdaSVDConfig(calibration=None, ratio=1.0, importance="uniform")
+    for number, target in enumerate(({"target_bytes": 190_000}, {"target_bits_per_weight": 4.0})):
+        model = compressed(dense, LowBitRecipe({"*.up_proj": nothing, "*": integers(*FOUR)}, **target))
+        model.save_pretrained(tmp_path / str(number))
+        found = inspect(tmp_path / str(number))
+        assert len(found.modules) == 12
+        assert sum(file.stat().st_size for file in (tmp_path / str(number)).glob("*.safetensors")) <= 190_000
+        assert found.bits_per_weight <= target.get("target_bits_per_weight", 16)
 
 
 def test_stored_candidates_come_back():
