@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -139,9 +140,9 @@ def watched(command: list[str], ceiling: float, until: Callable[[], bool] = lamb
         while not ended:
             time.sleep(0.1)
             anonymous = max(anonymous, _anonymous(process.pid))
-            if anonymous > ceiling or (not stopped and until()):
+            if not stopped and (anonymous > ceiling or until()):
                 stopped = True
-                process.kill()
+                os.kill(process.pid, signal.SIGKILL)  # Popen.kill would reap it, and its usage would be lost
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         process.returncode = os.waitstatus_to_exitcode(status)
         if anonymous > ceiling or (process.returncode and not stopped):
@@ -243,7 +244,10 @@ def run(folder: Path, work: Path, ceiling: float, options: list[str], name: str,
     shape = {"parameters": index["metadata"]["total_parameters"], "blocks": blocks}
     dense = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     result = {**shape, "dense_bytes": dense, "ceiling_gib": ceiling, "options": arguments, **found}
-    print(write_result(f"scale/{name}", result))
+    path = write_result(f"scale/{name}", result)
+    for place, shown in ((folder, "FOLDER"), (work, "WORK")):  # result files name no place of a machine
+        path.write_text(path.read_text().replace(str(place), shown))
+    print(path)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from benchmarks.common import RESULTS
 from benchmarks.tables import table
 
 NOT_YET = "Not measured yet."
+LARGE = ("8b", "8b-8-blocks")
 
 
 def _read(name: str) -> Any:
@@ -52,11 +53,16 @@ def processes() -> str:
 
 
 def large() -> str:
-    """Return time and memory of compressing a checkpoint larger than the memory that is allowed."""
-    result = _read("8b")
-    if result is None:
-        return NOT_YET
+    """Return time and memory of compressing checkpoints larger than the memory that is allowed."""
+    found = [_large(result) for result in map(_read, LARGE) if result is not None]
+    return "\n\n".join(found) or NOT_YET
+
+
+def _large(result: Any) -> str:
     killed, resumed, sampled = result["killed"], result["resumed"], result["sampled"]
+    runs = {"killed half way": killed, "resumed, to the end": resumed}
+    if "whole" in result:
+        runs["undisturbed"] = {"layers": resumed["layers"], **result["whole"]}
     rows = [
         [
             name,
@@ -66,20 +72,8 @@ def large() -> str:
             f"{part['anonymous_gib']:.2f}",
             f"{part['resident_gib']:.2f}",
         ]
-        for name, part in [("killed half way", killed), ("resumed, to the end", resumed)]
+        for name, part in runs.items()
     ]
-    if "whole" in result:
-        part = result["whole"]
-        rows.append(
-            [
-                "undisturbed",
-                str(resumed["layers"]),
-                f"{part['seconds'] / 60:.1f}",
-                f"{part['cpu_seconds'] / 60:.1f}",
-                f"{part['anonymous_gib']:.2f}",
-                f"{part['resident_gib']:.2f}",
-            ]
-        )
     size = f"{result['parameters'] / 1e9:.2f} billion parameters, {result['blocks']} blocks"
     header = [size, "layers recorded", "minutes", "CPU minutes", "anonymous GiB", "resident GiB, with pages of files"]
     same = f"{sampled['layers'] - len(sampled['differing'])} of {sampled['layers']} layers packed again alone are"
@@ -89,14 +83,14 @@ def large() -> str:
     facts = (
         f"Dense: {result['dense_bytes'] / 2**30:.2f} GiB in bfloat16; saved: {resumed['bytes'] / 2**30:.2f} GiB "
         f"({resumed['bits_per_weight']:.3f} bits per weight of packed layers). Ceiling: {result['ceiling_gib']:g} GiB "
-        f"of anonymous memory, kept by both. Packing alone took {resumed['layer_seconds'] / 60:.1f} minutes. {same}."
+        f"of anonymous memory, kept by all. Packing alone took {resumed['layer_seconds'] / 60:.1f} minutes. {same}."
     )
     return f"{table(header, rows)}\n\n{facts}\n\n{_told(result)}"
 
 
 def _told(result: Any) -> str:
     environment = result["environment"]
-    return f"`{environment['command'].split(' /')[0]}`, {environment['date']}, {environment['cpu']}."
+    return f"`{environment['command']}`, {environment['date']}, {environment['cpu']}."
 
 
 TABLES = {"scale-processes": processes, "scale-large": large}
