@@ -153,22 +153,22 @@ def damaged_tensors(files: Iterable[str | Path], way: str = _UNVERIFIED) -> tupl
 def absent_tensors(files: Iterable[str | Path]) -> list[str]:
     """Return which tensors have a checksum in some files of a model and are in none of them, as problems.
 
-    Tied weights are saved under one name, and the others have its checksum. transformers misses tensors by itself when
-    it loads a model.
+    Tied matrices are saved under one name, and the others have its checksum. transformers misses tensors by itself
+    when it loads a model.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
     known: dict[str, str] = {}
-    found: set[str] = set()
+    found: dict[str, int] = {}  # dimensions: vectors, such as those of norms, are often equal without being tied
     for file in map(Path, files):
         try:
             with safe_open(file, framework="pt") as handle:
                 known |= _json_object((handle.metadata() or {}).get(METADATA_KEY, "{}")) or {}
-                found |= set(handle.keys())
+                found |= {key: len(handle.get_slice(key).get_shape()) for key in handle.keys()}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file.name}: not a readable safetensors file: {error}") from error
-    present = {known[name] for name in found & known.keys()}
+    present = {known[name] for name, dimensions in found.items() if name in known and dimensions > 1}
     absent = sorted(name for name, digest in known.items() if name not in found and digest not in present)
     return [f"{name}: has a checksum, but is in none of the files" for name in absent]
 
