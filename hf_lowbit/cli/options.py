@@ -168,6 +168,10 @@ def read_recipe(
     more: dict[str, Any] = {"skip": (*config.skip, *skip), "modules": None, "left_dense": None}  # of another run
     if isinstance(config, LowBitRecipe):
         more |= {"rules": with_each(config, with_fields), "plan": None}
+        if not config.is_open:  # of a model that was chosen before: its rules are plain ones now
+            if targets:
+                raise ValueError(f"recipe {file.name}: no rule has several configs for a target to choose from")
+            more |= dict.fromkeys(budgets)
         return dataclasses.replace(config, **more)
     return dataclasses.replace(with_fields(config), **more)
 

@@ -78,14 +78,17 @@ class Budget:
         """Find the candidates of every layer; those that none can take are left dense.
 
         Raises:
-            ValueError: the budget is below what the smallest candidates take, or a rule has a size of its own.
+            ValueError: the budget is below what the smallest candidates take, a rule plans sizes of its own, or SciPy
+                is not installed.
             UnsupportedModelError: a calibrated run of an encoder and a decoder.
-            ImportError: SciPy is not installed.
         """
         config = run.config
         if not isinstance(config, LowBitRecipe):
             raise TypeError("only a recipe has candidates")
-        needed_library()
+        try:
+            needed_library()
+        except ImportError as error:
+            raise ValueError(str(error)) from error
         if len(run.stacks) > 1:
             raise UnsupportedModelError(
                 f"{type(run.model).__name__} is an encoder and a decoder, where a budget can only be kept without "

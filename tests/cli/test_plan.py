@@ -1,6 +1,7 @@
 """Budgets on the command line: a plan is shown before the run, kept by it, and slips end in one line."""
 
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -57,6 +58,26 @@ def test_a_target_of_the_command_replaces_that_of_the_file(dense, tmp_path):
     looked = run("plan", dense, "--recipe", file, "--target-bits", 3.5, "--json")
     assert looked.exit_code == 0, looked.output
     assert {row["settings"] for row in json.loads(looked.stdout)["plan"]} == {"w_bits=2", "w_bits=4"}
+
+
+def test_the_recipe_of_a_chosen_model_can_be_used_again(dense, tmp_path):
+    assert run("quantize", dense, tmp_path / "out", "--target-bits", 4, "--calibration", "none").exit_code == 0
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (tmp_path / "recipe.json").write_text(json.dumps(stored))
+    again = run("quantize", dense, tmp_path / "again", "--recipe", tmp_path / "recipe.json")
+    assert again.exit_code == 0, again.output
+    files = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
+    tables = [inspect(file.parent).modules for file in files]
+    assert [(m.name, m.spec, m.bytes) for m in tables[0]] == [(m.name, m.spec, m.bytes) for m in tables[1]]
+    refused = run("plan", dense, "--recipe", tmp_path / "recipe.json", "--target-bits", 3)
+    assert refused.exit_code == 2 and "no rule has several configs" in refused.output
+
+
+def test_without_the_solver_one_line_says_so(dense, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    result = run("plan", dense, "--target-bits", 3)
+    assert result.exit_code == 2
+    assert "pip install 'hf-lowbit[budget]'" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
