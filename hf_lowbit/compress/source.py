@@ -33,6 +33,7 @@ class CheckpointSource:
         """
         self.files: list[Path] = []
         self._place_of: dict[str, tuple[Path, str]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._alias: dict[str, _Place] = {}
         self._prefix = base_prefix
         for file in files:
@@ -48,6 +49,7 @@ class CheckpointSource:
             if name in self._place_of:
                 raise CheckpointError(f"{name}: is in {self._place_of[name][0].name} and in {file.name}")
             self._place_of[name] = file, header.key
+            self._shapes[name] = tuple(header.shape)
         self.files.append(file)
 
     def alias(self, name: str, key: str, index: int | slice | None = None, transposed: bool = False) -> None:
@@ -67,6 +69,10 @@ class CheckpointSource:
         if self._prefix:
             candidates += [f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")]
         return next((key for key in candidates if key in self._place_of), None)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of a tensor as it is stored, by the key that :meth:`locate` has given."""
+        return self._shapes[key]
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a parameter of the model, on the CPU, as a copy that does not keep the file mapped.

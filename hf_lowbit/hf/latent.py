@@ -60,11 +60,15 @@ class FusedOnTheWay:
             model: on ``meta``, see :func:`prepare_cache`.
             names: of the attention modules whose projections were taken apart.
             source: of the dense weights; None if they are not in safetensors files.
+
+        Raises:
+            CheckpointError: a fused projection is stored with other rows than the config says; it is named.
         """
         self._base = f"{getattr(model, 'base_model_prefix', '')}."
         self._parts = list(parts_of(model, names))
         for fused, parts in self._parts:
             if source is not None and (key := source.locate(fused)) is not None:
+                _check_rows(key, source.shape(key)[0], parts[-1][1].stop)
                 for parameter, rows in parts:
                     source.alias(parameter, key, rows)
 
@@ -96,10 +100,13 @@ class _Cut(ConversionOps):
         """Return the pieces by the patterns of what they become."""
         (found,) = input_dict.values()
         tensor = found[0] if isinstance(found, list) else found
-        if len(tensor) != self._rows[-1].stop:
-            expected = self._rows[-1].stop
-            raise CheckpointError(f"{kwargs['full_layer_name']}: {len(tensor)} rows are stored, not {expected}")
+        _check_rows(source_patterns[0], len(tensor), self._rows[-1].stop)
         return {target: tensor[rows].clone() for target, rows in zip(target_patterns, self._rows, strict=True)}
+
+
+def _check_rows(name: str, stored: int, expected: int) -> None:
+    if stored != expected:
+        raise CheckpointError(f"{name}: {stored} rows are stored, the heads of the config need {expected}")
 
 
 def forget_cuts(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -187,6 +188,13 @@ class TestFusedProjections:
         model.save_pretrained(tmp_path / "nan")
         with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.v_proj"):
             compress(tmp_path / "nan", small())
+
+    def test_a_config_of_other_heads(self, phi3, tmp_path):
+        shutil.copytree(phi3, tmp_path / "other")
+        config = json.loads((phi3 / "config.json").read_text())
+        (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 4}))
+        with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.qkv_proj\.weight: 128 rows are stored.*192"):
+            compress(tmp_path / "other", small())
 
     def test_a_base_model_is_compressed_and_loaded(self, phi3, tmp_path):
         """Names in the checkpoint have a prefix that names in the model lack."""
