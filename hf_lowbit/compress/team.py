@@ -18,6 +18,7 @@ import json
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -37,14 +38,18 @@ Result = tuple[Format, dict[str, Any], Tensor | None]
 # How long a process waits for the others. A large layer takes longer than the half hour that torch would wait; that a
 # process is gone, broken connections and torchrun tell.
 PATIENCE = datetime.timedelta(days=7)
-HOW_TO_GO_ON = "what is finished is kept; run the same command again with --resume (in Python RunOptions(resume=True))"
+HOW_TO_GO_ON = (
+    "what is finished is in the journal; run the same command again with --resume (in Python, with a journal, "
+    "RunOptions(resume=True))"
+)
 
 
 def join() -> None:
     """Join the processes that ``torchrun`` or ``accelerate launch`` started, unless they have been joined already."""
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=PATIENCE)
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        in_main = threading.current_thread() is threading.main_thread()  # no other may set a handler
+        if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _stop)  # what torchrun sends when another process has ended
 
 
@@ -54,7 +59,8 @@ def leave() -> None:
         with _together():
             dist.barrier()
         dist.destroy_process_group()
-        if signal.getsignal(signal.SIGTERM) is _stop:
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGTERM) is _stop:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
