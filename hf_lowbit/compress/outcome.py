@@ -40,11 +40,12 @@ class RunReport:
             reasons[reason] = reasons.get(reason, 0) + 1
         left = ", ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "none"
         idle = sum(row.get("calibration_tokens") == 0 for row in self.rows)
-        return (
+        line = (
             f"packed {len(self.rows)} layers at {8 * stored / weights:.3f} bits per weight in {self.seconds:.0f} s; "
             f"left dense: {left}"
-            + (f"; {idle} layers of experts that no calibration token reached, from their weights alone" if idle else "")
         )
+        reached = "layers of experts that no calibration token reached, from their weights alone"
+        return f"{line}; {idle} {reached}" if idle else line
 
 
 def relative_errors(
