@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lowbit.cache import padded
 from hf_lowbit.cache.adoption import claim
 from hf_lowbit.cache.layers import LatentLayer
 from hf_lowbit.cache.layout import Layout, check_codes
@@ -288,10 +289,14 @@ def decode(attention: Any, query: Tensor, layer: LatentLayer, keys: Tensor, valu
     recent = layer.recent(tokens) if bits else None
     stop = tokens if recent is None else tokens - recent[0].shape[2]
     first = layer.first(stop) if bits else None
-    start = 0 if first is None else first[0].shape[2]
-    if start == 0 and stop == tokens:
-        return _step(attention, query, layer, stored, bits, slice(None), visible)[0]
-    parts = [] if first is None else [_step(attention, query, layer, first, 0, slice(0, start), visible)]
+    if first is not None and layer.first_slots is not None:
+        parts = _padded_parts(attention, query, layer, first, (keys[:, :, :stop], values[:, :, :stop]), visible)
+        start = stop
+    else:
+        start = 0 if first is None else first[0].shape[2]
+        if start == 0 and stop == tokens:
+            return _step(attention, query, layer, stored, bits, slice(None), visible)[0]
+        parts = [] if first is None else [_step(attention, query, layer, first, 0, slice(0, start), visible)]
     if start < stop:
         stored = keys[:, :, start:stop], values[:, :, start:stop]
         parts.append(_step(attention, query, layer, stored, bits, slice(start, stop), visible))
@@ -300,16 +305,53 @@ def decode(attention: Any, query: Tensor, layer: LatentLayer, keys: Tensor, valu
     return latent_attention.merge(parts)
 
 
+def _padded_parts(
+    attention: Any,
+    query: Tensor,
+    layer: LatentLayer,
+    first: tuple[Tensor, Tensor],
+    coded: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Call the op on each row's own first tokens, and on the codes of all slots with those left out."""
+    slots: Any = layer.first_slots
+    count, tokens = first[0].shape[2], coded[0].shape[2]
+    place = slots[:, None] + torch.arange(count, device=slots.device)  # (batch, count)
+    there, place = place < tokens, place.clamp(max=tokens - 1)
+    own = mask
+    if mask is not None:
+        wide = mask.expand(len(slots), -1, -1)
+        own = wide.gather(2, place[:, None].expand(-1, wide.shape[1], -1))
+    rest = padded.shown(None if mask is None else mask[:, :, :tokens], ~padded.is_first(slots, count, tokens))
+    return [
+        _step(attention, query, layer, first, 0, place, padded.shown(own, there)),
+        _step(attention, query, layer, coded, layer.layout.bits, slice(0, tokens), rest, masked=True),
+    ]
+
+
 def _step(
     attention: Any,
     query: Tensor,
     layer: LatentLayer,
     stored: tuple[Tensor, Tensor],
     bits: int,
-    place: slice,
+    place: slice | Tensor,
     mask: Tensor | None,
+    masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Call the op on one stretch of a cache; ``place`` says where it lies among the visible tokens."""
+    """Call the op on one stretch of a cache.
+
+    Args:
+        attention: the converted module.
+        query: as for :func:`decode`.
+        layer: that holds it.
+        stored: keys and values.
+        bits: of its codes; 0 for latents in full.
+        place: where it lies among the visible tokens; or the slot of each of its tokens, (batch, tokens).
+        mask: of all visible tokens, (1 or batch, 1 or heads, tokens), or None; of the stretch alone where ``masked``
+            says so or slots are given.
+        masked: see ``mask``.
+    """
     structure: Structure = attention.latent_structure
     projections = attention.k_proj, attention.v_proj
     norm, eps = None, 0.0
@@ -321,7 +363,8 @@ def _step(
         )
     positions, frequencies, rope_scale = None, None, 1.0
     if structure.rotary is not None and layer.visible_positions is not None:
-        positions = layer.visible_positions[:, place]
+        held = layer.visible_positions
+        positions = held[:, place] if isinstance(place, slice) else held.gather(1, place)
         frequencies, rope_scale = structure.frequencies(query.device)
     return latent_attention.latent_decode(
         query[:, :, 0],
@@ -332,7 +375,7 @@ def _step(
         norm,
         positions,
         frequencies,
-        None if mask is None else mask[:, :, place],
+        mask if mask is None or masked or not isinstance(place, slice) else mask[:, :, place],
         *attention.latent_groups(),
         attention.scaling,
         rope_scale,

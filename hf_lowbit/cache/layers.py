@@ -28,6 +28,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from hf_lowbit.cache import padded
 from hf_lowbit.cache.layout import Layout
 from hf_lowbit.kernels.latent_codec import decode_rows, encode_rows
 
@@ -42,6 +43,8 @@ class LatentLayer:
         visible_positions: (batch, tokens) int32, positions of what the last :meth:`update` returned, until they are
             used; None without rotary embeddings.
         latent_dtype: of the latents that came in; None before the first.
+        first_slots: (batch,) slots of the rows' first tokens, where codes are kept of rows that are padded on the
+            left; None where all rows begin with the first slot. See :mod:`hf_lowbit.cache.padded`.
     """
 
     layout: Layout
@@ -50,11 +53,13 @@ class LatentLayer:
     _recent: tuple[Tensor, Tensor] | None
     _first: tuple[Tensor, Tensor] | None
     latent_dtype: torch.dtype | None
+    first_slots: Tensor | None
+    _last_slot: int = 0  # the last of them
 
     def start(self, layout: Layout, places: Any) -> None:
         """Say what will be stored; ``places`` is an empty stock layer of the same kind."""
         self.layout, self._places = layout, places if layout.rotary else None
-        self.visible_positions = self._recent = self._first = self.latent_dtype = None
+        self.visible_positions = self._recent = self._first = self.latent_dtype = self.first_slots = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store latents of new tokens.
@@ -82,6 +87,7 @@ class LatentLayer:
         if not layout.bits:
             return self._store(key_states, value_states)
         if layout.first:
+            self._find_first(kwargs.get("position_ids"))
             self._remember_first(key_states, value_states)
         if layout.recent:
             self._remember(key_states, value_states)
@@ -121,14 +127,33 @@ class LatentLayer:
                 f"rotated when they are read, got {shape}"
             )
 
+    def _find_first(self, positions: Tensor | None) -> None:
+        """Look where rows begin, when the first tokens come; static layers take the first slots of all rows."""
+
     def _remember_first(self, keys: Tensor, values: Tensor) -> None:
         """Keep new tokens that are among the first; called before they are stored."""
         own: Any = self
+        if self.first_slots is not None:
+            self._remember_rows(keys, values, self.first_slots)
+            return
         have = 0 if self._first is None else self._first[0].shape[2]
         if own.get_seq_length() == have < self.layout.first:
             fresh = [states[:, :, : self.layout.first - have].clone() for states in (keys, values)]
             if self._first is not None:
                 fresh = [torch.cat(pair, dim=2) for pair in zip(self._first, fresh, strict=True)]
+            self._first = fresh[0], fresh[1]
+
+    def _remember_rows(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        own: Any = self
+        length, count = int(own.get_seq_length()), self.layout.first
+        if self._first is None:
+            sizes = [(keys.shape[0], 1, count, states.shape[-1]) for states in (keys, values)]
+            self._first = keys.new_zeros(sizes[0]), values.new_zeros(sizes[1])
+        if length < self._last_slot + count:
+            fresh = [
+                padded.remembered(held, states, slots, length)
+                for held, states in zip(self._first, (keys, values), strict=True)
+            ]
             self._first = fresh[0], fresh[1]
 
     def _remember(self, keys: Tensor, values: Tensor) -> None:
@@ -154,9 +179,15 @@ class LatentLayer:
         return self._recent[0][:, :, -visible:], self._recent[1][:, :, -visible:]
 
     def first(self, older: int) -> tuple[Tensor, Tensor] | None:
-        """Return what is kept in full of the first tokens, at most of ``older`` ones; None if nothing is."""
+        """Return what is kept in full of the first tokens, at most of ``older`` ones; None if nothing is.
+
+        They are those of the first slots; or, always ``layout.first``, those of each row from :attr:`first_slots` on,
+        of which some may not have come yet.
+        """
         if self._first is None or not older:
             return None
+        if self.first_slots is not None:
+            return self._first
         return self._first[0][:, :, :older], self._first[1][:, :, :older]
 
     def latents(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +198,12 @@ class LatentLayer:
         keys = decode_rows(keys, layout.key_ranks, layout.bits, self.latent_dtype)
         values = decode_rows(values, layout.value_ranks, layout.bits, self.latent_dtype)
         recent, first = self.recent(keys.shape[2]), self.first(keys.shape[2])
-        if first is not None:
+        if first is not None and self.first_slots is not None:
+            keys, values = (
+                padded.overlaid(latents, full, self.first_slots)
+                for latents, full in zip((keys, values), first, strict=True)
+            )
+        elif first is not None:
             keys = torch.cat([first[0], keys[:, :, first[0].shape[2] :]], dim=2)
             values = torch.cat([first[1], values[:, :, first[1].shape[2] :]], dim=2)
         if recent is not None:
@@ -184,6 +220,7 @@ class LatentLayer:
         found["recent"] = [] if self._recent is None else list(self._recent)
         places = self._places
         found["positions"] = [places.keys] if places is not None and places.is_initialized else []
+        found["positions"] += [] if self.first_slots is None else [self.first_slots]
         return found
 
     @property
@@ -205,7 +242,7 @@ class LatentLayer:
             self._places.reset()
         self.visible_positions = self._recent = None
         if isinstance(self, DynamicLayer):
-            self.latent_dtype = self._first = None
+            self.latent_dtype = self._first = self.first_slots = None
         elif self._first is not None:
             for states in self._first:
                 states.zero_()
@@ -223,17 +260,27 @@ class LatentLayer:
             self._recent = select(self._recent[0]), select(self._recent[1])
         if self._first is not None:
             self._first = select(self._first[0]), select(self._first[1])
+        if self.first_slots is not None:
+            self.first_slots = select(self.first_slots)
 
 
 class _Growing(LatentLayer):
     """The part that both layers without a fixed length share."""
+
+    def _find_first(self, positions: Tensor | None) -> None:
+        own: Any = self
+        if positions is not None and not own.get_seq_length() and not torch.compiler.is_compiling():
+            self._begin_at(padded.first_slots(positions))
+
+    def _begin_at(self, slots: Tensor | None) -> None:
+        self.first_slots, self._last_slot = slots, 0 if slots is None else int(slots.max())
 
     def fill(self, parts: dict[str, Tensor], length: int, dtype: torch.dtype) -> None:
         """Fill the empty layer with what was saved of another one.
 
         Args:
             parts: checked before: "keys", "values", and where they are kept "positions", "recent_keys",
-                "recent_values", "first_keys" and "first_values".
+                "recent_values", "first_keys", "first_values" and "first_slots".
             length: tokens that the other layer had seen.
             dtype: of its latents.
         """
@@ -253,6 +300,8 @@ class _Growing(LatentLayer):
             self._recent = parts["recent_keys"], parts["recent_values"]
         if "first_keys" in parts:
             self._first = parts["first_keys"], parts["first_values"]
+        if "first_slots" in parts:
+            self._begin_at(parts["first_slots"].long())
         self.latent_dtype = dtype
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -271,9 +320,11 @@ class _Growing(LatentLayer):
             self._places.crop(tokens_to_remove)
         if tokens_to_remove and self._recent is not None:
             self._recent = self._recent[0][:, :, :tokens_to_remove], self._recent[1][:, :, :tokens_to_remove]
-        if self._first is not None:
-            own: Any = self
-            left = int(own.get_seq_length())
+        own: Any = self
+        left = int(own.get_seq_length())
+        if not left:
+            self.first_slots = None
+        if self._first is not None and self.first_slots is None:
             self._first = (self._first[0][:, :, :left], self._first[1][:, :, :left]) if left else None
 
     def check_crop(self, tokens_to_remove: int) -> None:

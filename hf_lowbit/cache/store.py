@@ -2,7 +2,8 @@
 
 One safetensors file holds, for layer ``i``, ``layers.i.keys``, ``layers.i.values``, ``layers.i.positions`` (with
 rotary embeddings), and ``first_keys``, ``first_values``, ``recent_keys``, ``recent_values`` (latents that are kept in
-full beside their codes). Its metadata say what the tensors are, for which model, and carry a checksum of them.
+full beside their codes), ``first_slots`` (where rows begin, if they are padded on the left). Its metadata say what the
+tensors are, for which model, and carry a checksum of them.
 
 Nothing in a file is believed: its names, shapes and dtypes must be those that the model's own projections call for,
 the checksum must fit, and the model must be the one that filled the cache, told by a hash of all its projections of
@@ -123,7 +124,7 @@ def save_cache(cache: Cache, model: nn.Module, path: str | Path) -> None:
         first=max(layer.layout.first for layer in layers),
         layers=len(layers),
     )
-    problems = _problems(tensors, _expected(layers, header, tensors))
+    problems = _problems(tensors, _expected(layers, header, tensors), header.length)
     if problems:  # what would be refused later is not written
         raise ValueError(f"this cache cannot be saved: {'; '.join(problems[:10])}")
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -164,7 +165,7 @@ def load_cache(model: Any, path: str | Path) -> ReCalKVCache:
     layers: list[Any] = list(cache.layers)
     if len(layers) != header.layers:
         raise CheckpointError(f"{path}: the cache has {header.layers} layers, the model {len(layers)}")
-    problems = _problems(tensors, _expected(layers, header, tensors))
+    problems = _problems(tensors, _expected(layers, header, tensors), header.length)
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems[:10])}")
     for index, layer in enumerate(layers):
@@ -190,6 +191,8 @@ def _tensors(layer: Any) -> dict[str, Tensor]:
     early = layer.first(stored)
     if early is not None:
         parts["first_keys"], parts["first_values"] = early
+        if layer.first_slots is not None:
+            parts["first_slots"] = layer.first_slots.int()
     return {name: part.contiguous().clone() for name, part in parts.items()}
 
 
@@ -198,12 +201,21 @@ def _expected(layers: list[Any], header: _Header, tensors: dict[str, Tensor]) ->
     return {
         f"layers.{index}.{name}": form
         for index, layer in enumerate(layers)
-        for name, form in _forms(layer, header, tensors.get(f"layers.{index}.recent_keys")).items()
+        for name, form in _forms(
+            layer, header, tensors.get(f"layers.{index}.recent_keys"), f"layers.{index}.first_slots" in tensors
+        ).items()
     }
 
 
-def _forms(layer: Any, header: _Header, kept: Tensor | None) -> _Forms:
-    """Return ``{name: (shape, dtype)}`` that a layer calls for; ``kept`` are its keys that are kept in full."""
+def _forms(layer: Any, header: _Header, kept: Tensor | None, padded: bool) -> _Forms:
+    """Return ``{name: (shape, dtype)}`` that a layer calls for.
+
+    Args:
+        layer: of a cache for the model.
+        header: of the file.
+        kept: its latest keys that are kept in full, if the file has any.
+        padded: whether the file says at which slots the rows begin.
+    """
     layout: Layout = layer.layout
     stored = min(header.length, layer.sliding_window - 1) if layer.is_sliding else header.length
     dtype = _DTYPES[header.dtype]
@@ -217,13 +229,16 @@ def _forms(layer: Any, header: _Header, kept: Tensor | None) -> _Forms:
         if recent:
             forms[f"recent_{name}"] = (header.batch, 1, recent, sum(ranks)), dtype
         if layout.first:
-            forms[f"first_{name}"] = (header.batch, 1, min(stored, layout.first), sum(ranks)), dtype
+            count = layout.first if padded else min(stored, layout.first)
+            forms[f"first_{name}"] = (header.batch, 1, count, sum(ranks)), dtype
+    if layout.first and layout.rotary and padded:
+        forms["first_slots"] = (header.batch,), torch.int32
     if layout.rotary:
         forms["positions"] = (header.batch, stored), torch.int32
     return forms
 
 
-def _problems(tensors: dict[str, Tensor], expected: _Forms) -> list[str]:
+def _problems(tensors: dict[str, Tensor], expected: _Forms, length: int) -> list[str]:
     found = [f"{name} is missing" for name in expected if name not in tensors]
     found += [f"{reprlib.repr(name)} does not belong there" for name in tensors if name not in expected]
     for name, tensor in tensors.items():
@@ -236,6 +251,8 @@ def _problems(tensors: dict[str, Tensor], expected: _Forms) -> list[str]:
             found.append(f"{name} holds NaN or infinity")
         elif name.endswith("positions") and bool((tensor < 0).any()):
             found.append(f"{name} holds a negative position")
+        elif name.endswith("first_slots") and not 0 <= int(tensor.min()) <= int(tensor.max()) < length:
+            found.append(f"{name} is out of range")
     return found
 
 
@@ -243,7 +260,7 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             header = _read_header(path, (file.metadata() or {}).get(_KEY))
-            if len(file.keys()) > 7 * header.layers:
+            if len(file.keys()) > 8 * header.layers:
                 raise CheckpointError(f"{path}: {len(file.keys())} tensors are too many for {header.layers} layers")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:

@@ -242,8 +242,8 @@ class TestLoading:
                 "layers.1.positions is torch.int64",
             ),
             (
-                lambda t: {**t, **{f"x{i}": torch.zeros(1) for i in range(9)}},
-                "15 tensors are too many for 2 layers",
+                lambda t: {**t, **{f"x{i}": torch.zeros(1) for i in range(11)}},
+                "17 tensors are too many for 2 layers",
             ),
         ],
     )
