@@ -28,8 +28,8 @@ class ReCalKVCache(Cache):
         config: of the model, for kinds and number of its layers.
         latent_bits: 8, 4 or 3 keeps latents in codes; None as they are.
         recent_window: how many of the latest tokens are kept in full beside their codes.
-        sink_tokens: how many of the first tokens are kept in full beside their codes, in layers without a window. Where
-            rows are padded on the left, those of each row; in static memory those of the first slots.
+        sink_tokens: how many of the first tokens are kept in full beside their codes, in layers without a window;
+            where rows are padded on the left, those of each row, but in static memory those of the first slots.
         max_cache_len: room for so many tokens, allocated at once, so that decoding can be compiled; None grows.
         offloading: keep layers in the memory of the CPU while others run; needs an accelerator.
         offload_only_non_sliding: leave layers with a sliding window, which are small, where they are.
