@@ -84,7 +84,10 @@ def test_rows_of_a_ragged_batch_get_what_they_get_alone(kind):
 
 
 def test_memory_does_not_grow_over_two_hundred_requests(models):
-    """All formats of weights, and latents. Seven waves of thirty, of which two warm up, in threads that end with their wave; a quarter is broken off."""
+    """All formats of weights, and latents.
+
+    Seven waves of thirty, of which two warm up, in threads that end with their wave; a quarter is broken off.
+    """
     asked = requests(30, VOCABULARY, tokens=2, longest=8, seed=3)
     seen = watched(lambda: together(models["recipe"], asked), waves=7)
     more, tensors = growth(seen, warm_up=2)
