@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow matrix lint quality drills bench
+.PHONY: help venv demo test test-slow matrix lint quality drills bench serve-test
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,3 +44,6 @@ drills: $(STAMP) ## flip bytes, kill processes, measure memory and loading (abou
 
 bench: $(STAMP) ## measure products with packed weights beside torch's own (about ten minutes)
 	$(BIN)/python -m benchmarks.kernels
+
+serve-test: $(STAMP) ## serve packed models with vLLM, which gets an environment of its own (slow)
+	$(BIN)/python -m pytest tests/serving -m 'slow or not slow'

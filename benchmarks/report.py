@@ -30,6 +30,7 @@ from benchmarks import (
     report_pbs2p,
     report_recalkv,
     report_scale,
+    report_serving,
     report_texts,
     report_video,
     report_video_speed,
@@ -196,6 +197,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **report_recalkv.TABLES,
     **report_kv.TABLES,
     **report_scale.TABLES,
+    **report_serving.TABLES,
 }
 
 
@@ -212,6 +214,7 @@ def rendered(text: str) -> str:
 def documents() -> dict[Path, str]:
     """Return the documents with tables, the example cards, and what each should read."""
     paths = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "compatibility.md"]
+    paths.append(ROOT / "docs" / "serving.md")
     return {**{path: rendered(path.read_text(encoding="utf-8")) for path in paths}, **cards.documents()}
 
 

@@ -91,10 +91,10 @@ def prompts() -> list[list[int]]:
     return ids
 
 
-def compare_tokens(engine: Path, names: list[str]) -> None:
+def compare_tokens(engine: Path, names: list[str], dtypes: list[str]) -> None:
     """Write for every model and dtype how many tokens agree."""
     given = prompts()
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes:
         jobs = [
             {"model": str(folder_of(name)), "prompts": given, "tokens": TOKENS, "options": {"dtype": dtype}}
             for name in names
@@ -180,13 +180,17 @@ def main() -> None:
     parser.add_argument("--part", choices=("checkpoints", "tokens", "speed"), required=True)
     parser.add_argument("--engine", type=Path, help="Python of an environment with vLLM")
     parser.add_argument("--models", nargs="+", choices=("dense", *MODELS), default=["dense", *MODELS])
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     options = parser.parse_args()
     torch.set_num_threads(1)  # vLLM keeps one of two cores to itself
     if options.part == "checkpoints":
         write_checkpoints()
         return
     engine = options.engine or environment.python()
-    {"tokens": compare_tokens, "speed": compare_speed}[options.part](engine, options.models)
+    if options.part == "tokens":
+        compare_tokens(engine, options.models, options.dtypes)
+    else:
+        compare_speed(engine, options.models)
 
 
 if __name__ == "__main__":
