@@ -45,7 +45,8 @@ def default_candidates(calibration: Any = None, **data: Any) -> list[LowBitConfi
     from hf_lowbit import registry
 
     integers: Any = registry.config_class("dvd_quant")
-    pairs = ((2, 128), (2, 64), (2, 32), (2, 16), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (8, 128))
+    # each costs about a run; more would lie between these
+    pairs = ((2, -1), (2, 64), (2, 32), (3, 64), (3, 32), (4, 64), (4, 32), (8, 128))
     found = [integers(w_bits=bits, group_size=group, preset="weights") for bits, group in pairs]
     if calibration is not None:
         found = [dataclasses.replace(one, calibration=calibration, **data) for one in found]

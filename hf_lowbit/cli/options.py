@@ -53,7 +53,7 @@ def config_of(
         if options:
             raise ValueError("--option belongs to --method")
         own = default_candidates(**{"calibration": None, **fields})
-        config: LowBitConfig = LowBitRecipe({"*": own}, **targets, skip=tuple(skip), run=run)
+        config: LowBitConfig = LowBitRecipe(rules={"*": own}, **{**targets, "skip": tuple(skip), "run": run})
     elif recipe is not None:
         if options:
             raise ValueError("--option belongs to --method; write the options of a recipe into its file")

@@ -367,4 +367,4 @@ def test_stored_candidates_come_back():
         settings_text(one) for _, one in rules_of(recipe)
     ]
     assert without_choice(recipe).rules[0][1].method == "arb"  # takes any shape
-    assert len(default_candidates()) == 11
+    assert len(default_candidates()) == 8
