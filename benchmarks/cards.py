@@ -7,13 +7,22 @@ No figure is typed here: a card reads a result file and says which. What a file 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, read_results
-from hf_lowbit import AdaSVDConfig, ARBConfig, CalibrationRecord, LowBitConfig, PBS2PConfig, ReCalKVConfig
-from hf_lowbit.hf.card import CardFields, Facts, ModelFacts, Scores, calibration_text
+from hf_lowbit import (
+    AdaSVDConfig,
+    ARBConfig,
+    CalibrationRecord,
+    CondiQuantConfig,
+    LowBitConfig,
+    PBS2PConfig,
+    ReCalKVConfig,
+)
+from hf_lowbit.hf.card import CardFields, Facts, ImageScores, ModelFacts, Scores, calibration_text
 from hf_lowbit.hf.card_page import render
 
 FIELDS = CardFields("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0", ("en",), pipeline_tag="text-generation")
@@ -21,7 +30,12 @@ DENSE = "SmolLM2-135M-Instruct"
 
 
 def _facts(
-    method: str, config: LowBitConfig, model: ModelFacts, scores: Scores, result: Mapping[str, Any], source: str
+    method: str,
+    config: LowBitConfig,
+    model: ModelFacts,
+    scores: Scores | ImageScores,
+    result: Mapping[str, Any],
+    source: str,
 ) -> Facts:
     """Return the facts of a card; ``source`` names the result file and how it was made."""
     environment = result["environment"]
@@ -117,7 +131,43 @@ def recalkv() -> Facts | None:
     return _facts("recalkv", config, model, scores, table, source)
 
 
-CARDS: dict[str, Callable[[], Facts | None]] = {"arb": arb, "pbs2p": pbs2p, "adasvd": adasvd, "recalkv": recalkv}
+def condiquant() -> Facts | None:
+    """Return the facts of CondiQuant at 2 bits, with its default options."""
+    results, dense_name = read_results("quality_condiquant"), "swin2sr-small"
+    if not {"w2-condiquant", "dense"} <= results.keys():
+        return None
+    run, dense = results["w2-condiquant"], results["dense"]
+    config = CondiQuantConfig(
+        weight_bits=2, act_bits=2, patch_size=32, calibration=CalibrationRecord("image folder", tokens=32 * 32 * 32),
+        **run["options"],
+    )  # fmt: skip
+    model = ModelFacts(
+        bits_per_weight=run["bits_per_weight"], total_bytes=run["bytes"], parameters=dense["parameters"]
+    )
+    rows = (
+        (f"{dense_name}-condiquant", run["psnr"], run["ssim"], run["bytes"]),
+        (f"{dense_name}, float32", dense["dense"]["psnr"], dense["dense"]["ssim"], dense["bytes"]),
+        ("bicubic", dense["bicubic"]["psnr"], dense["bicubic"]["ssim"], None),
+    )
+    scores = ImageScores("128 × 128 pixels, none of them trained or calibrated on", 5, 2, rows)
+    source = "quality_condiquant/w2-condiquant.json (python -m benchmarks.quality.condiquant)"
+    return dataclasses.replace(
+        _facts("condiquant", config, model, scores, run, source),
+        repo=f"user/{dense_name}-condiquant",
+        fields=CardFields(f"user/{dense_name}", "apache-2.0", pipeline_tag="image-to-image"),
+        loader="AutoModelForImageToImage",
+        source="This is an example: there are no such repositories. Its figures are those of benchmarks/results/"
+        f"{source}; the dense model is trained by python -m assets swin2sr.",
+    )
+
+
+CARDS: dict[str, Callable[[], Facts | None]] = {
+    "arb": arb,
+    "pbs2p": pbs2p,
+    "adasvd": adasvd,
+    "recalkv": recalkv,
+    "condiquant": condiquant,
+}
 
 
 def documents() -> dict[Path, str]:

@@ -26,16 +26,19 @@ from hf_lowbit.report.inspect import inspect
 from hf_lowbit.report.super_resolution import score
 
 PLAIN = {"cond_strength": 0}
+DOBI = {"bound_search": "dobi"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "minmax": {**PLAIN, "bound_search": "minmax"},
     "percentile": {**PLAIN, "bound_search": "percentile"},
-    "dobi": PLAIN,
+    "dobi": {**PLAIN, **DOBI},
+    "output": PLAIN,
+    "condiquant-dobi": DOBI,
     "condiquant": {},
-    "condiquant-0.003": {"cond_strength": 0.003},
-    "condiquant-0.01": {"cond_strength": 0.01},
-    "condiquant-0.03": {"cond_strength": 0.03},
+    "condiquant-dobi-0.003": {**DOBI, "cond_strength": 0.003},
+    "condiquant-dobi-0.01": {**DOBI, "cond_strength": 0.01},
+    "condiquant-dobi-0.03": {**DOBI, "cond_strength": 0.03},
     "condiquant-percentile": {"bound_search": "percentile"},
-    "dobi-dqc": {**PLAIN, "refine": "dqc", "refine_steps": 100},
+    "dobi-dqc": {**PLAIN, **DOBI, "refine": "dqc", "refine_steps": 100},
     "condiquant-dqc": {"refine": "dqc", "refine_steps": 100},
 }
 BITS = (4, 3, 2)

@@ -36,9 +36,9 @@ class CondiQuantConfig(ImageConfig):
     ``cond_strength`` 0.
 
     Grids are searched by what a layer puts out. The paper searches them as 2DQuant does, by what is rounded alone:
-    ``bound_search="dobi"``, which ends 0.1 to 1 dB lower at 4 and 2 bits on a pretrained transformer
-    (``benchmarks/README.md``). Where there is no output to compare, inside attention and without images, "output" is
-    "dobi" with a few more ranges.
+    ``bound_search="dobi"``, which ends 0.7 dB lower at 2 bits on a pretrained transformer, and no lower on a small one
+    trained here (``benchmarks/README.md``). Where there is no output to compare, inside attention and without images,
+    "output" is "dobi" with a few more ranges.
 
     Attributes:
         cond_strength: t, a number from 0 to 10, or "auto".
