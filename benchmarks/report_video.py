@@ -124,6 +124,40 @@ def schedules() -> str:
     return f"{table(header, rows)}\n\nMean widths: {reached}."
 
 
+def _by_clip(runs: list[list[float]]) -> list[float]:
+    """Return decibels by clip, the mean of several runs."""
+    return [statistics.mean(values) for values in zip(*runs, strict=True)]
+
+
+def _ahead(ours: list[float], others: list[float]) -> str:
+    """Return the mean of differences clip by clip with its standard error."""
+    apart = [one - other for one, other in zip(ours, others, strict=True)]
+    return f"{statistics.mean(apart):+.2f} ± {statistics.stdev(apart) / len(apart) ** 0.5:.2f}"
+
+
+def long_schedules() -> str:
+    """Return decibels of schedules over the steps that the paper's videos have, and how far δ-GBS is ahead of each."""
+    figures = _result("long_schedules").get("figures")
+    if not figures:
+        return NOT_YET
+    rows = []
+    for name in (*PAPER_SCHEDULES, "all 8", "all 4"):
+        cells = []
+        for own in figures.values():
+            found = _by_clip(own["clips"][name])
+            cells.append(number(statistics.mean(found), 2))
+            cells.append("–" if name == "δ-GBS" else _ahead(_by_clip(own["clips"]["δ-GBS"]), found))
+        rows.append([name, *cells, number(PAPER_SCHEDULES.get(name), 2)])
+    header = ["schedule", *(text for kind in figures for text in (f"{kind}, dB", "δ-GBS ahead by"))]
+    notes = [
+        f"{kind}: δ = {own['delta']:g} gives {own['mean']:.2f} bits, {len(own['clips']['δ-GBS'][0])} clips;\n\n```\n"
+        + "".join("8" if bits == 8 else "·" for bits in own["bits"])
+        + "\n```"
+        for kind, own in figures.items()
+    ]
+    return "\n\n".join([table([*header, "paper, imaging quality"], rows), *notes])
+
+
 def deltas() -> str:
     """Return mean bits and decibels by δ."""
     figures = _result("schedules").get("figures")
@@ -212,6 +246,7 @@ TABLES = {
     "video-schemes": schemes,
     "video-schedules": schedules,
     "video-deltas": deltas,
+    "video-long-schedules": long_schedules,
     "video-weights": weights,
     "video-size": size,
     "video-paper": paper,

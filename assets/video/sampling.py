@@ -26,13 +26,18 @@ def noise(count: int = len(PROMPTS), seed: int = _NOISE_SEED) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pipeline(transformer: Any) -> Any:
-    """Return a ``WanPipeline`` around the transformer, without text encoder and decoder: it works on pixels."""
+def pipeline(transformer: Any, shift: float = 1.0) -> Any:
+    """Return a ``WanPipeline`` around the transformer, without text encoder and decoder: it works on pixels.
+
+    Args:
+        transformer: trained here, dense or quantized.
+        shift: of the sampler's steps towards noise; 1 spreads them evenly, video models are run with 3 to 7.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
     found = WanPipeline(
         tokenizer=None, text_encoder=None, vae=None, transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     )  # fmt: skip
     found.set_progress_bar_config(disable=True)
     return found

@@ -135,6 +135,7 @@ def main() -> None:
     """Compile everything, print, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--uses", default="", help="only those with this in their names, such as codes-4; others stay")
     parser.add_argument("--no-file", action="store_true", help="print only")
     arguments = parser.parse_args()
     results, console = {}, Console()
@@ -142,6 +143,8 @@ def main() -> None:
         os.environ["TRITON_CACHE_DIR"] = folder
         for name in arguments.targets:
             for use, (build, matrix) in cases(name).items():
+                if arguments.uses not in use:
+                    continue
                 row = build()
                 found = wrong(row, name, matrix)
                 results[f"{name} {use}"] = {**row, "problems": found}

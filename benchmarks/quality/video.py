@@ -1,7 +1,7 @@
 """What integer weights and activations do to videos: DVD-Quant on the small trained transformer of ``assets.video``.
 
-    python -m benchmarks.quality.video                       # all parts, about half an hour on one core
-    python -m benchmarks.quality.video --part schedules      # one of: schemes, schedules, weights, size
+    python -m benchmarks.quality.video                       # all parts, about 35 minutes on one core
+    python -m benchmarks.quality.video --part schedules      # one of the parts below
     python -m benchmarks.quality.video --part size --write   # also compresses a real file of 2.8 GB, on disk
 
 Writes ``benchmarks/results/quality_video/<part>.json``:
@@ -10,6 +10,7 @@ Writes ``benchmarks/results/quality_video/<part>.json``:
   and parts of the method, at 8, 6 and 4 bits of activations and with activations left alone; on the model as it was
   trained and on the same function with outlier channels.
 * ``schedules``: the same over 30 steps with δ-GBS, against schedules of the same mean width.
+* ``long_schedules``: the same over 50 steps, which are spread as those of the paper's videos, for 18 clips one by one.
 * ``weights``: squared error of the trained weights for each way to find grids, rotated or not.
 * ``size``: bytes of a transformer of Wan2.1-1.3B's shape, counted from its shapes alone, without weights.
 
@@ -25,12 +26,12 @@ import contextlib
 import copy
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import hf_lowbit
@@ -70,6 +71,9 @@ WIDTHS = (16, 8, 6, 4)
 # What the schedules are tried with: groups as in the rows of SCHEMES that show the parts of the method.
 SCHEDULED = dict(GROUPED)
 STEPS, DELTAS, DRAWS = 30, (0.02, 0.04, 0.06, 0.09, 0.12, 0.18, 0.3), 6
+# Steps, their shift towards noise, a δ that gives 6 bits in the mean, and noises. The paper's videos have such steps:
+# most of them at much noise, and the last ones long.
+SHIFTED = (50, 7.0, 0.037, 3)
 # Wan2.1-1.3B; the config of `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`.
 WAN = {
     "patch_size": (1, 2, 2), "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16,
@@ -85,10 +89,13 @@ def compressed(model: nn.Module, options: dict[str, Any]) -> Any:
     return found
 
 
+MODELS = ("clean", "outliers")
+
+
 def models() -> Iterator[tuple[str, Any]]:
     """Yield the trained model and its twin with outlier channels."""
-    yield "clean", video.load()
-    yield "outliers", video.load(outliers=True)
+    for kind in MODELS:
+        yield kind, video.load(outliers=kind == "outliers")
 
 
 def schemes(only: list[str] | None) -> dict[str, Any]:
@@ -119,12 +126,23 @@ def schemes(only: list[str] | None) -> dict[str, Any]:
 # Schedules -------------------------------------------------------------------------------------------------------
 
 
-def scheduled(model: Any, bits: list[int]) -> Any:
+def even(model: Any) -> Tensor:
+    """Return the videos of a model with steps that are spread evenly."""
+    return video.sample(model, steps=STEPS)
+
+
+def shifted(model: Any) -> Tensor:
+    """Return a clip for each prompt and noise, with the steps of the paper's videos; all are made in one call."""
+    steps, shift, _, noises = SHIFTED
+    return video.sample(video.pipeline(model, shift), video.PROMPTS * noises, steps=steps)
+
+
+def scheduled(model: Any, bits: list[int], run: Callable[[Any], Tensor] = even) -> Tensor:
     """Return the videos of a model whose activations have ``bits[i]`` in step i; it runs once in each step."""
     steps = iter(bits)
     hook = model.register_forward_pre_hook(lambda *_: set_act_bits(model, next(steps)) and None)
     try:
-        found = video.sample(model, steps=STEPS)
+        found = run(model)
     finally:
         hook.remove()
         set_act_bits(model, None)
@@ -133,12 +151,12 @@ def scheduled(model: Any, bits: list[int]) -> Any:
     return found
 
 
-def named_schedules(high: int) -> dict[str, list[list[int]]]:
+def named_schedules(high: int, steps: int = STEPS, draws: int = DRAWS) -> dict[str, list[list[int]]]:
     """Return the schedules with ``high`` steps of 8 bits and the others of 4, random ones by seed."""
-    low = STEPS - high
-    spread = [8 if (i + 1) * high // STEPS > i * high // STEPS else 4 for i in range(STEPS)]
+    low = steps - high
+    spread = [8 if (i + 1) * high // steps > i * high // steps else 4 for i in range(steps)]
     drawn = []
-    for seed in range(DRAWS):
+    for seed in range(draws):
         order = [8] * high + [4] * low
         random.Random(seed).shuffle(order)
         drawn.append(order)
@@ -150,18 +168,24 @@ def named_schedules(high: int) -> dict[str, list[list[int]]]:
     }
 
 
-def with_delta(model: Any, delta: float, want: Any) -> dict[str, Any]:
-    """Return what δ-GBS decides and reaches."""
+def with_delta(model: Any, delta: float, run: Callable[[Any], Tensor] = even) -> tuple[Tensor, dict[str, Any]]:
+    """Return the videos with δ-GBS, and what it decides."""
     from hf_lowbit.hf.delta_gbs import delta_gbs_report, disable_delta_gbs, enable_delta_gbs
 
     enable_delta_gbs(model, delta=delta)
     try:
-        found = video.sample(model, steps=STEPS)
+        found = run(model)
         report = delta_gbs_report(model)
     finally:
         disable_delta_gbs(model)
     changes = [round(change, 4) for change in report.changes]
-    return {"psnr": video.psnr(found, want), "bits": list(report.bits), "mean": report.mean_bits, "changes": changes}
+    return found, {"bits": list(report.bits), "mean": report.mean_bits, "changes": changes}
+
+
+def reached(model: Any, delta: float, want: Tensor) -> dict[str, Any]:
+    """Return what δ-GBS decides and reaches, with even steps."""
+    found, row = with_delta(model, delta)
+    return {"psnr": video.psnr(found, want), **row}
 
 
 def delta_for(model: Any, mean: float, want: Any, known: dict[float, dict[str, Any]], tries: int = 3) -> float:
@@ -180,7 +204,7 @@ def delta_for(model: Any, mean: float, want: Any, known: dict[float, dict[str, A
         if not above or not below:
             break
         delta = (max(above) * min(below)) ** 0.5
-        known[delta] = with_delta(model, delta, want)
+        known[delta] = reached(model, delta, want)
     return min(known, key=lambda delta: abs(known[delta]["mean"] - mean))
 
 
@@ -193,7 +217,7 @@ def schedules() -> dict[str, Any]:
         rows: dict[str, Any] = {"all": {}}
         for bits in (4, 8):
             rows["all"][str(bits)] = video.psnr(scheduled(found, [bits] * STEPS), want)
-        tried = {delta: with_delta(found, delta, want) for delta in tqdm(DELTAS, desc=f"{kind}, δ")}
+        tried = {delta: reached(found, delta, want) for delta in tqdm(DELTAS, desc=f"{kind}, δ")}
         rows["delta"] = {str(delta): row for delta, row in tried.items()}
         delta = delta_for(found, 6.0, want, tried)
         row = tried[delta]
@@ -202,6 +226,29 @@ def schedules() -> dict[str, Any]:
             rows[name] = [video.psnr(scheduled(found, order), want) for order in orders]
         figures[kind] = rows
     return {"figures": figures, "steps": STEPS, "options": SCHEDULED}
+
+
+def apart(found: Tensor, want: Tensor) -> list[float]:
+    """Return the decibels of each clip."""
+    return [round(video.psnr(one, other), 3) for one, other in zip(found, want, strict=True)]
+
+
+def long_schedules(kinds: list[str]) -> dict[str, Any]:
+    """Return decibels of schedules with the paper's steps, clip by clip; those of other models as they are stored."""
+    steps, shift, delta, _ = SHIFTED
+    figures: dict[str, Any] = read_results("quality_video").get("long_schedules", {}).get("figures", {})
+    for kind, model in models():
+        if kind not in kinds:
+            continue
+        found, want = compressed(model, {}), shifted(model)
+        clips, row = with_delta(found, delta, shifted)
+        rows = {"δ-GBS": [apart(clips, want)]}
+        others = named_schedules(row["bits"].count(8), steps, draws=3)
+        others |= {f"all {bits}": [[bits] * steps] for bits in (8, 4)}
+        for name, orders in tqdm(others.items(), desc=f"{kind}, shift {shift:g}"):
+            rows[name] = [apart(scheduled(found, order, shifted), want) for order in orders]
+        figures[kind] = {"delta": delta, **row, "clips": rows}
+    return {"figures": figures, "steps": steps, "shift": shift}
 
 
 # Weights and size ------------------------------------------------------------------------------------------------
@@ -300,7 +347,7 @@ def written() -> dict[str, Any]:
         }
 
 
-PARTS = ("schemes", "schedules", "weights", "size")
+PARTS = ("schemes", "schedules", "long_schedules", "weights", "size")
 
 
 def main() -> None:
@@ -309,6 +356,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--write", action="store_true", help="size: compress a file of that size, too")
     parser.add_argument("--only", nargs="+", choices=SCHEMES, help="schemes: measure these anew, keep the others")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="long_schedules: only these anew")
     parser.add_argument("--kernel", help="name of a kernel to use, see `hf-lowbit bench --list`")
     arguments = parser.parse_args()
     for option, part, given in (("--write", "size", arguments.write), ("--only", "schemes", arguments.only)):
@@ -321,10 +369,13 @@ def main() -> None:
             except ValueError as error:
                 parser.error(f"--kernel: {error}")
         for part in arguments.part:
-            if part in ("size", "schemes"):
-                result = size(arguments.write) if part == "size" else schemes(arguments.only)
-            else:
-                result = globals()[part]()
+            result = {
+                "schemes": lambda: schemes(arguments.only),
+                "schedules": schedules,
+                "long_schedules": lambda: long_schedules(arguments.models),
+                "weights": weights,
+                "size": lambda: size(arguments.write),
+            }[part]()
             print(write_result(f"quality_video/{part}", result))
 
 
