@@ -30,7 +30,7 @@ DIFFERING_BYTES, ERROR = 1e-3, 1e-4
 def launch(*arguments, launcher=TORCHRUN):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [*launcher, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
 together = functools.partial(launch, "-m", "tests.compress.team_cases")
