@@ -130,7 +130,7 @@ def winners() -> str:
         kinds = {
             kind: next((row for row in own if row["family"] == kind), None) for kind in ("recipe", "method", "peer")
         }
-        cells = [f"{row['name']}: {row['perplexity']:,.1f}" if row else "nothing fits" for row in kinds.values()]
+        cells = [f"{row['name']}: {row['perplexity']:,.1f}" if row else "none measured" for row in kinds.values()]
         best = {"recipe": "the recipe", "method": "one method", "peer": "another library"}
         lines.append([f"{budget:g}", best[own[0]["family"]] if own else "–", *cells])
     header = ["at most, bits per weight", "least perplexity", "recipe", "one method everywhere", "another library"]
