@@ -94,6 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.samples < 4:
         parser.error(f"--samples must be at least 4, got {arguments.samples}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("hf_lowbit").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     dense_path = arguments.out / "dense" if arguments.tiny else assets.smollm2()
