@@ -211,6 +211,7 @@ def rows(only: list[str], keep: Path) -> None:
     """Measure the rows that have no result file yet; one that fails is said and left out."""
     from benchmarks import equal_bytes_peers as peers
 
+    keep.mkdir(parents=True, exist_ok=True)
     data = text()
     wanted = only or ["dense", *OURS, *(f"recipe-{bits:g}" for bits in CANDIDATES_AT), *peers.ROWS]
     for name in wanted:
