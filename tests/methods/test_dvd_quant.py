@@ -341,7 +341,7 @@ def test_presets():
     assert "preset" not in paper.to_dict()
     assert LowBitConfig(method="dvd_quant", preset="w4a4").a_bits == 4
     assert dataclasses.replace(paper, beta=0.2).group_size == -1
-    with pytest.raises(ValueError, match="preset must be one of default, paper, w4a8, w4a4, got 'w8a8'"):
+    with pytest.raises(ValueError, match="preset must be one of default, paper, w4a8, w4a4, weights, got 'w8a8'"):
         DVDQuantConfig(preset="w8a8")
 
 
