@@ -42,8 +42,8 @@ def recipe_for(blocks: int, data: dict[str, Any], **quick: Any) -> LowBitRecipe:
         {
             "*.self_attn": ReCalKVConfig(**data, ratio=0.75),  # keys and values alone; the rules below have the rest
             last: AdaSVDConfig(**data, ratio=0.8, factors="int8"),
-            "layers.1.mlp.gate_proj": PBS2PConfig(**data, n=6, **quick),
-            "layers.1.mlp.up_proj": ARBConfig(**data, **quick),
+            f"layers.{blocks // 2}.mlp.gate_proj": PBS2PConfig(**data, n=6, **quick),
+            f"layers.{blocks // 2}.mlp.up_proj": ARBConfig(**data, **quick),
             "*.cross_attn": ARBConfig(**data, **quick),  # this model has none; the same recipe serves those that do
             "*": DVDQuantConfig(layers="all", a_bits=16, delta=None),  # integers of 4 bits, found without data
         },
