@@ -45,7 +45,7 @@ def recipe_for(blocks: int, data: dict[str, Any], **quick: Any) -> LowBitRecipe:
             f"layers.{blocks // 2}.mlp.gate_proj": PBS2PConfig(**data, n=6, **quick),
             f"layers.{blocks // 2}.mlp.up_proj": ARBConfig(**data, **quick),
             "*.cross_attn": ARBConfig(**data, **quick),  # this model has none; the same recipe serves those that do
-            "*": DVDQuantConfig(layers="all", a_bits=16, delta=None),  # integers of 4 bits, found without data
+            "*": DVDQuantConfig(preset="weights", layers="all", **data),  # integers of 4 bits
         },
         optional=["*.cross_attn"],
     )
