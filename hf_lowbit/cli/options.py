@@ -11,7 +11,7 @@ from hf_lowbit import registry
 from hf_lowbit.budget import default_candidates
 from hf_lowbit.calibration.data import load_texts
 from hf_lowbit.calibration.images import load_images
-from hf_lowbit.compress.engine import check_calibration
+from hf_lowbit.compress.agreement import check_calibration
 from hf_lowbit.config import DATASETS, CalibrationRecord, LowBitConfig, RunOptions, parse_json
 from hf_lowbit.image_config import WITH_DATA
 from hf_lowbit.recipe import LowBitRecipe, with_each

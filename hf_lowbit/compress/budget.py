@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_lowbit import registry
@@ -115,7 +115,7 @@ class Budget:
         for name in list(run.targets.methods):
             taken, left = self._look_at(name, among)
             fixed, dense = fixed + taken, dense + left
-        weights = sum(math.prod(run.shape_of(name)) for name in run.targets.methods) - dense
+        weights = sum(math.prod(run.weights.shape_of(name)) for name in run.targets.methods) - dense
         if config.target_bits_per_weight is not None:
             total = math.floor(config.target_bits_per_weight * weights / 8)
         else:
@@ -130,7 +130,7 @@ class Budget:
         run, methods = self._run, self._run.targets.methods
         own = among.get(id(methods[name]))
         if own is None and run.reason_to_leave(name, methods[name]):
-            return self._dense_bytes(name), math.prod(run.shape_of(name))
+            return self._dense_bytes(name), math.prod(run.weights.shape_of(name))
         if own is None:
             return self._bytes(name, methods[name]), 0
         reasons = {id(one): run.reason_to_leave(name, one, wanted=True) for one in own}
@@ -155,8 +155,8 @@ class Budget:
             raise ValueError(
                 f"{name}: {rule.method} plans sizes itself; beside a budget, give it importance='uniform'"
             )
-        dense: Any = self._run.known_dtype(name)
-        spec: Spec = method.largest(name, self._run.shape_of(name), rule, dense)
+        dense: Any = self._run.weights.dtype_of(name)
+        spec: Spec = method.largest(name, self._run.weights.shape_of(name), rule, dense)
         form = FORMATS[method.format]
         tensors = [f"{name}.weight_{part}" for part in form.shapes(spec)]
         return form.bytes_of(spec) + sum(map(self._header_bytes, tensors))
@@ -165,7 +165,7 @@ class Budget:
         """Return the bytes of a weight that stays dense after all, where files are counted."""
         if self._recipe.target_bytes is None:
             return 0
-        return math.prod(self._run.shape_of(name)) * int(self._run.known_dtype(name).itemsize)
+        return math.prod(self._run.weights.shape_of(name)) * int(self._run.weights.dtype_of(name).itemsize)
 
     def _header_bytes(self, tensor: str) -> int:
         """Return the most that files say of one tensor: entry of a header, checksum, under two names."""
@@ -181,7 +181,8 @@ class Budget:
             tensors[id(tensor)] = tensor
         found = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         for name in run.targets.methods:
-            found -= (math.prod(run.shape_of(name)) - 1) * run.known_dtype(name).itemsize  # a stub is left
+            size = run.weights.dtype_of(name).itemsize
+            found -= (math.prod(run.weights.shape_of(name)) - 1) * size  # a stub is left
         self._header = 1 + found // _SHARD  # every file holds all checksums
         return found + 4096 + sum(map(self._header_bytes, names))
 
@@ -265,7 +266,7 @@ class Budget:
         ordered = sorted(groups.values(), key=lambda own: (kinds.index(_kind(own[0])), -sum(sizes[n] for n in own)))
         rows = []
         for names in ordered:
-            rule, weights = chosen[names[0]], sum(math.prod(self._run.shape_of(name)) for name in names)
+            rule, weights = chosen[names[0]], sum(math.prod(self._run.weights.shape_of(name)) for name in names)
             rows.append(
                 {
                     "layers": _kind(names[0]),
@@ -300,11 +301,9 @@ class Budget:
         run, names = self._run, list(self.candidates)
         if not run.calibrated:
             for name in names:
-                deferred = run.materialize([name])
+                deferred = run.weights.materialize([name])
                 yield name, dense_weight(run.model.get_submodule(name)), None, None
-                for each in deferred:
-                    layer: Any = run.model.get_submodule(each)
-                    layer.weight = nn.Parameter(layer.weight.new_zeros(1), requires_grad=False)
+                run.weights.put_off(deferred)
             return
         device = next(iter(run.model.parameters())).device
         measures = StackMeasures(run, run.stacks[0], [batch.to(device) for batch in run.batches])
@@ -353,7 +352,7 @@ class Budget:
     def _bytes_spared(self, name: str, number: int, real: int) -> int:
         rule = self.candidates[name][number]
         largest: Any = registry.get(rule.method).largest
-        spec = largest(name, self._run.shape_of(name), rule, self._run.known_dtype(name))
+        spec = largest(name, self._run.weights.shape_of(name), rule, self._run.weights.dtype_of(name))
         return max(0, FORMATS[registry.get(rule.method).format].bytes_of(spec) - real)
 
 

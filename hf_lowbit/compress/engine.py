@@ -7,11 +7,9 @@ activations. A run without data takes the layers in the order in which they come
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +26,13 @@ from hf_lowbit.calibration import capture
 from hf_lowbit.calibration.data import calibration_tokens
 from hf_lowbit.calibration.stats import LinearStats, PairedStats
 from hf_lowbit.compress import observation
+from hf_lowbit.compress.agreement import check_calibration
 from hf_lowbit.compress.budget import Budget, without_choice
+from hf_lowbit.compress.dense import DenseWeights
 from hf_lowbit.compress.image_run import draw_patches, run_on_images
 from hf_lowbit.compress.journal import LINES, Journal, run_identity
 from hf_lowbit.compress.measures import StackMeasures
+from hf_lowbit.compress.memory import give_back_memory, keep_memory_in_pieces
 from hf_lowbit.compress.outcome import RunReport, finished_config, relative_errors
 from hf_lowbit.compress.planning import plan_stack
 from hf_lowbit.compress.projections import is_for_attention, projection_of
@@ -40,15 +41,14 @@ from hf_lowbit.compress.source import CheckpointSource
 from hf_lowbit.compress.targets import plan_run
 from hf_lowbit.compress.team import Result, Team
 from hf_lowbit.config import CalibratedConfig, CalibrationRecord, LowBitConfig
-from hf_lowbit.errors import CalibrationError, CheckpointError, UnsupportedModelError
-from hf_lowbit.experts import fused_name, fused_parameters, put_together, take_apart
+from hf_lowbit.errors import CheckpointError, UnsupportedModelError
+from hf_lowbit.experts import fused_name, put_together
 from hf_lowbit.formats import Format
-from hf_lowbit.image_config import WITH_DATA, ImageConfig
-from hf_lowbit.layers import PackedLinear, dense_weight, features, stored_shape
-from hf_lowbit.recipe import LowBitRecipe, rules_of
+from hf_lowbit.image_config import ImageConfig
+from hf_lowbit.layers import PackedLinear, dense_weight, features
+from hf_lowbit.recipe import LowBitRecipe
 
 logger = logging.getLogger(__name__)
-_C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Run:
@@ -58,6 +58,7 @@ class Run:
 
     Attributes:
         targets: what is compressed, and by which method.
+        weights: the dense weights, where they lie.
         calibrated: whether the run needs data.
         report: of the run, when it is finished.
     """
@@ -76,7 +77,8 @@ class Run:
         Raises:
             ValueError, CalibrationError, UnsupportedModelError: before the long work, naming what is wrong.
         """
-        self.model, self.config, self.source, self.options = model, config, source, config.run
+        self.model, self.config, self.options = model, config, config.run
+        self.weights = DenseWeights(model, source)
         self.began = time.perf_counter()
         self.team = Team()
         keep_memory_in_pieces()
@@ -89,8 +91,8 @@ class Run:
             listed = "; ".join(f"{name}: {reason}" for name, reason in self.targets.unwanted.items())
             logger.warning("%d layers stay dense although nothing skips them (%s)", len(self.targets.unwanted), listed)
         self._refuse_idle_run()
-        take_apart_experts(model, self.targets.methods)
-        self._check_weights()
+        self.weights.take_apart_experts(self.targets.methods)
+        self.weights.check(self.targets.methods)
         self.record: CalibrationRecord | None = None
         self.batches: list[Tensor] = []
         if isinstance(calibrated, ImageConfig):
@@ -132,53 +134,10 @@ class Run:
         """Return why a method gains nothing on a layer, or if ``wanted`` cannot take it; asked by shape alone."""
         method = registry.get(options.method)
         asked = [method.leaves_dense, *([method.cannot_take] if wanted else [])]
-        reasons = (reason_for(name, self.shape_of(name), options) for reason_for in asked if reason_for is not None)
+        reasons = (
+            reason_for(name, self.weights.shape_of(name), options) for reason_for in asked if reason_for is not None
+        )
         return next((reason for reason in reasons if reason is not None), None)
-
-    def shape_of(self, name: str) -> tuple[int, int]:
-        """Return (out_features, in_features) of a target; an expert may still be part of a parameter."""
-        if has_module(self.model, name):
-            return features(self.model.get_submodule(name))
-        experts, weights = self._fused(name)
-        rows, columns = weights.shape[1:]
-        return (columns, rows) if experts.is_transposed else (rows, columns)
-
-    def known_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype that the weight of a target has, or will have when it is loaded."""
-        if has_module(self.model, name):
-            weight: Any = self.model.get_submodule(name).weight
-            return weight.dtype  # type: ignore[no-any-return]
-        return self._fused(name)[1].dtype
-
-    def _fused(self, name: str) -> tuple[Any, Tensor]:
-        """Return the module and the parameter that an expert is part of."""
-        owner, _, leaf = str(fused_name(name)).rpartition(".")
-        experts = self.model.get_submodule(owner)
-        return experts, fused_parameters(experts)[leaf]
-
-    def _check_weights(self) -> None:
-        """Refuse a model with non-finite or misshapen weights before the long work starts; all of them are named.
-
-        Weights that arrive later, because transformers makes them from several tensors, are checked then.
-        """
-        problems = []
-        for name in self.targets.methods:
-            weight = self._known_weight(name)
-            if weight is not None:
-                problems += weight_problems(name, weight, stored_shape(self.model.get_submodule(name)))
-        if problems:
-            raise ValueError("; ".join(problems))
-
-    def _known_weight(self, name: str) -> Tensor | None:
-        """Return the weight of a target as it is stored, from memory or the checkpoint; None if it is in neither."""
-        if fused_name(name) and not has_module(self.model, name):
-            return None
-        weight: Any = self.model.get_submodule(name).weight
-        if weight.device.type != "meta":
-            return weight.detach()
-        if self.source is None or self.source.locate(f"{name}.weight") is None:
-            return None
-        return self.source.read(f"{name}.weight", weight.dtype)
 
     def _draw(self, calibrated: CalibratedConfig, tokenizer: Any) -> None:
         """Draw the calibration tokens, and take the share of this process."""
@@ -192,10 +151,11 @@ class Run:
         """Open the journal; the leading process is first, since it may have to make or mend it."""
         if self.options.journal is None:
             return None
-        if self.source is None or not self.source.files:
+        source = self.weights.source
+        if source is None or not source.files:
             raise ValueError("a journal needs a dense checkpoint in safetensors files, to know it again")
         tokens_hash = None if self.record is None else self.record.sha256
-        identity = run_identity(self.config.to_dict(), tokens_hash, self.source.files)
+        identity = run_identity(self.config.to_dict(), tokens_hash, source.files)
         folder = Path(self.options.journal)
         if self.team.leads:
             journal = Journal(folder, identity, self.options.resume)
@@ -217,19 +177,6 @@ class Run:
         layers = self.team.smallest(torch.get_num_threads()) * self.team.size
         return layers if self.team.size == 1 else 2 * layers
 
-    def materialize(self, names: list[str]) -> list[str]:
-        """Read the dense weights of deferred layers, which hold a stub of one element; return which they were."""
-        deferred = []
-        for name in names:
-            dense: Any = self.model.get_submodule(name)
-            if dense.weight.dim() == 1:
-                if self.source is None:
-                    raise ValueError(f"{name}: there is no checkpoint to read it from")
-                weight = self.source.read(f"{name}.weight", dense.weight.dtype).to(dense.weight.device)
-                dense.weight = nn.Parameter(weight, requires_grad=False)
-                deferred.append(name)
-        return deferred
-
     def leave_dense(self, names: list[str]) -> list[str]:
         """Leave those layers dense on which their method would gain nothing, with their weights; return the others.
 
@@ -237,7 +184,7 @@ class Run:
         """
         methods = self.targets.methods
         reasons = {name: reason for name in names if (reason := self.reason_to_leave(name, methods[name]))}
-        self.materialize(list(reasons))
+        self.weights.materialize(list(reasons))
         for name, reason in reasons.items():
             del self.targets.methods[name]
             self.targets.dense[name] = reason
@@ -448,7 +395,7 @@ class Run:
         left = [name for name in self.leave_dense(names) if not self.restored([name])]
         step = self.at_once if left else 1
         for start in range(0, len(left), step):
-            self.materialize(left[start : start + step])
+            self.weights.materialize(left[start : start + step])
             self.compress_layers(left[start : start + step], {})
 
     def block_by_block(self, stack: dict[str, nn.Module]) -> None:
@@ -469,7 +416,7 @@ class Run:
             names = self.leave_dense([name for name in self.targets.methods if name.startswith(f"{prefix}.")])
             done = "dense" not in states and self.restored(names)
             if not done:
-                self.materialize(names)
+                self.weights.materialize(names)
             own = [call[i] for call in measures.calls(block)]
             reference = observation.of_dense_block(self, block, names, states, own)
             if not (done or self.restored(names)):
@@ -483,13 +430,11 @@ class Run:
         """Yield the blocks of a stack with their dense weights, which go again before the next block's are read."""
         for prefix, block in stack.items():
             names = [name for name in self.targets.methods if name.startswith(f"{prefix}.")]
-            deferred = self.materialize(names)
+            deferred = self.weights.materialize(names)
             try:
                 yield block
             finally:
-                for name in deferred:
-                    layer: Any = self.model.get_submodule(name)
-                    layer.weight = nn.Parameter(layer.weight.new_zeros(1), requires_grad=False)
+                self.weights.put_off(deferred)
 
     def _compress_block(
         self,
@@ -511,91 +456,12 @@ class Run:
         self._record({name: packed[name] for name in names})  # as a whole: a run that goes on begins with a block
 
 
-def keep_memory_in_pieces() -> None:
-    """Let glibc map every large tensor on its own, so that its memory is returned when it is freed.
-
-    By default glibc raises the size from which it does so with the largest piece that was freed, up to 32 MB; then
-    the tensors of one block leave holes that those of the next do not fit into, and a run takes more with every block.
-    The setting stays for the process; it costs page faults, which the fits of a run outweigh.
-    """
-    set_option = getattr(_C_LIBRARY, "mallopt", None)
-    if set_option is not None:
-        set_option(-3, 2**20)  # M_MMAP_THRESHOLD of malloc.h
-
-
-def give_back_memory() -> None:
-    """Let the C library return what was freed; glibc keeps pieces for every thread, which add up over a long run."""
-    trim = getattr(_C_LIBRARY, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def take_apart_experts(model: nn.Module, names: Mapping[str, Any]) -> None:
-    """Take those experts apart that are among the names and whose weights are in memory."""
-    for parameter in dict.fromkeys(filter(None, map(fused_name, names))):
-        module_name, _, leaf = parameter.rpartition(".")
-        module = model.get_submodule(module_name)
-        fused = fused_parameters(module).get(leaf)
-        if fused is not None and fused.device.type != "meta":
-            take_apart(module, leaf, set(names), module_name)
-
-
-def has_module(model: nn.Module, name: str) -> bool:
-    """Return whether a model has a module of this name."""
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
-
-
-def weight_problems(name: str, weight: Tensor, shape: tuple[int, ...]) -> list[str]:
-    """Return what is wrong with a dense weight, empty if nothing is."""
-    if tuple(weight.shape) != shape:
-        return [f"{name}: weight has shape {tuple(weight.shape)}, the model's layer {shape}"]
-    return [] if bool(torch.isfinite(weight).all()) else [f"{name}: weight holds NaN or infinity"]
-
-
 def _short(name: str) -> str:
     """Return block number and last parts of a module name, enough to follow a run."""
     parts = name.split(".")
     numbers = [part for part in parts[:-1] if part.isdigit()]
     last = ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
     return f"{numbers[0]}.{last}" if numbers else last
-
-
-def check_calibration(config: LowBitConfig) -> CalibratedConfig | ImageConfig | None:
-    """Return the config that names the calibration data of a run, None if it needs none.
-
-    Raises:
-        ValueError: rules of a recipe ask for different data.
-        CalibrationError: a rule cannot do without data and names none.
-    """
-    for _, rule in rules_of(config):
-        if isinstance(rule, ImageConfig) and rule.lacks_data:
-            raise CalibrationError(rule.lacks_data)
-    needy = [rule for _, rule in rules_of(config) if rule.needs != "none" and isinstance(rule, WITH_DATA)]
-    if not needy:
-        return None
-    first = needy[0]
-    for other in needy[1:]:
-        if other.needs != first.needs:
-            raise ValueError(f"all rules of a recipe share one calibration; they need {first.needs} and {other.needs}")
-        if isinstance(first, ImageConfig):
-            differs = [
-                field for field in ("samples", "patch_size", "degradation", "seed") if _differs(first, other, field)
-            ]
-            differs += [] if other.calibration is first.calibration else ["calibration"]  # images are not compared
-        else:
-            fields = ("calibration", "samples", "sequence_length", "seed")
-            differs = [field for field in fields if _differs(first, other, field)]
-        if differs:
-            raise ValueError(f"all rules of a recipe share one calibration; {differs[0]} differs between them")
-    return first
-
-
-def _differs(one: LowBitConfig, other: LowBitConfig, field: str) -> bool:
-    return bool(getattr(one, field) != getattr(other, field))
 
 
 def compress_model(model: nn.Module, config: LowBitConfig, tokenizer: Any = None) -> tuple[LowBitConfig, RunReport]:
@@ -607,6 +473,12 @@ def compress_model(model: nn.Module, config: LowBitConfig, tokenizer: Any = None
     Raises:
         ValueError, CalibrationError, UnsupportedModelError: before the long work, naming what is wrong.
     """
+    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if absent is not None:
+        raise ValueError(
+            f"{absent} is on the meta device, without values: load the model first, or give quantization_config to "
+            "from_pretrained"
+        )
     run = Run(model, config, tokenizer=tokenizer)
     finished = run.complete()
     if run.report is None:

@@ -57,7 +57,7 @@ def draw_patches(run: Run, config: ImageConfig) -> tuple[list[Tensor], Calibrati
 def run_on_images(run: Run) -> None:
     """Compress all targets of a run, and let their methods finish the model."""
     names = run.leave_dense(list(run.targets.methods))
-    run.materialize(names)
+    run.weights.materialize(names)
     parameter = next(run.model.parameters())
     run.batches = [batch.to(parameter.device, parameter.dtype) for batch in run.batches]
     rules = [rule for _, rule in rules_of(run.config) if isinstance(rule, ImageConfig) and rule.needs == "images"]

@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hf_lowbit.compress.engine import Run, give_back_memory, weight_problems
+from hf_lowbit.compress.dense import weight_problems
+from hf_lowbit.compress.engine import Run
+from hf_lowbit.compress.memory import give_back_memory
 from hf_lowbit.compress.source import CheckpointSource
 from hf_lowbit.experts import expert_names, fused_name, fused_parameters, take_apart
 from hf_lowbit.layers import stored_shape
@@ -105,7 +107,7 @@ class Intake:
 
         transformers keeps the files mapped until all is loaded, and every page that is read stays resident so long.
         """
-        source = self.run.source
+        source = self.run.weights.source
         own = [name for name in (parameter, key) if name and source is not None and source.locate(name) is not None]
         if source is None or not own or tensor.device.type != "cpu":
             return tensor
@@ -115,7 +117,7 @@ class Intake:
 
     def _was_checked(self, parameter: str) -> bool:
         """Return whether the run has looked at a weight when it was made: it lies in the checkpoint under its name."""
-        source = self.run.source
+        source = self.run.weights.source
         fused = fused_name(self._layers[parameter][0]) == parameter
         return not fused and source is not None and source.locate(parameter) is not None
 
@@ -123,16 +125,16 @@ class Intake:
         """Leave stubs in the model, and see to it that the weights can be read later."""
         if not self._was_checked(parameter):  # else it lies under its own name: a whole tensor, or rows of one
             self._make_readable(parameter, names, key)
+        self.run.weights.put_off(names)
         for name in names:
             module: Any = self.run.model.get_submodule(name)
-            module.weight = nn.Parameter(module.weight.new_zeros(1), requires_grad=False)
             module.weight._is_hf_initialized = True
 
     def _make_readable(self, parameter: str, names: list[str], key: str | None) -> None:
         """Say where in the checkpoint the weights of layers lie, or write them to a file."""
-        source = self.run.source
+        source = self.run.weights.source
         if source is None:
-            source = self.run.source = CheckpointSource([])
+            source = self.run.weights.source = CheckpointSource([])
         journal = self.run.journal
         finished = journal is not None and all(name in journal for name in names)
         stored = source.locate(parameter) or (source.locate(key) if key else None)

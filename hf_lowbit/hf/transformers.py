@@ -19,7 +19,7 @@ from transformers.quantizers import auto as registry_of_transformers
 from transformers.quantizers.base import HfQuantizer
 
 from hf_lowbit.compress import Intake, Run, RunReport, compress_model
-from hf_lowbit.compress.engine import check_calibration
+from hf_lowbit.compress.agreement import check_calibration
 from hf_lowbit.compress.headers import names_metadata
 from hf_lowbit.compress.runtime import attach_runtime, detach_runtime
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig, calibration_kind

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_lowbit import RunOptions, packed_modules
+from hf_lowbit.compress.dense import DenseWeights
 from hf_lowbit.compress.engine import Run
 from tests.hf.test_transformers import logits, quick
 from tests.tiny import tiny_model
@@ -73,13 +74,13 @@ def test_scratch_files_are_removed(tmp_path, monkeypatch, with_journal):
     (tmp_path / "scratch").mkdir()
     place = journal or tmp_path / "scratch"
     seen = []
-    original = Run.materialize
+    original = DenseWeights.materialize
 
-    def watch(run, names):
+    def watch(weights, names):
         seen.append(sorted(path.name for path in place.glob("dense-0-*/*")))
-        return original(run, names)
+        return original(weights, names)
 
-    monkeypatch.setattr(Run, "materialize", watch)
+    monkeypatch.setattr(DenseWeights, "materialize", watch)
     run = RunOptions(progress=False, journal=journal)
     AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=quick(run=run))
     assert seen[0] == [f"0000{i}.safetensors" for i in range(4)]  # two fused weights in each of two blocks

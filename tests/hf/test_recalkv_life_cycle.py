@@ -1,5 +1,6 @@
 """Models with a cache of latents through transformers: compress, save, load, generate, mix with other methods."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -66,6 +67,22 @@ def compress(dense, config):
 def headers(folder):
     with safe_open(folder / "model.safetensors", "pt") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}
+
+
+@contextlib.contextmanager
+def killed(monkeypatch, at):
+    """End the run that is started inside when it compresses the layers of its block number ``at``."""
+    original, calls = Run.compress_layers, []
+
+    def fail(self, names, stats):
+        calls.append(names)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return original(self, names, stats)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "compress_layers", fail)
+        yield
 
 
 def saved(model, folder):
@@ -166,18 +183,8 @@ class TestFusedProjections:
         def run(**more):
             return small(run=dataclasses.replace(QUIET, journal=tmp_path / "journal", **more))
 
-        original, calls = Run.compress_layers, []
-
-        def fail(self, names, stats):
-            calls.append(names)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            return original(self, names, stats)
-
-        monkeypatch.setattr(Run, "compress_layers", fail)
-        with pytest.raises(KeyboardInterrupt):
+        with killed(monkeypatch, 2):
             compress(phi3, run())
-        monkeypatch.undo()
         expected = saved(compress(phi3, small()), tmp_path / "expected")
         assert saved(compress(phi3, run(resume=True)), tmp_path / "resumed")[0] == expected[0]
 
@@ -299,18 +306,8 @@ def test_a_killed_run_goes_on_with_the_same_ranks_and_bytes(dense, tmp_path, mon
         return small(run=dataclasses.replace(QUIET, journal=folder, **more), **options)
 
     expected = saved(compress(dense, run(tmp_path / "whole")), tmp_path / "expected")
-    original, calls = Run.compress_layers, []
-
-    def fail(self, names, stats):
-        calls.append(names)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(self, names, stats)
-
-    monkeypatch.setattr(Run, "compress_layers", fail)
-    with pytest.raises(KeyboardInterrupt):
+    with killed(monkeypatch, 3):
         compress(dense, run(tmp_path / "journal"))
-    monkeypatch.setattr(Run, "compress_layers", original)
     monkeypatch.setattr(StackMeasures, "dense_inputs", lambda *_: pytest.fail("measured again"))
     resumed = compress(dense, run(tmp_path / "journal", resume=True))
     assert saved(resumed, tmp_path / "resumed") == expected

@@ -338,6 +338,13 @@ def test_module_missing_from_the_table_fails_loudly(copied):
 # Early refusals --------------------------------------------------------------------------------------------------
 
 
+def test_a_model_without_values_is_refused():
+    with torch.device("meta"):
+        model = tiny_model(num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight is on the meta device.*load the model first"):
+        hf_lowbit.quantize(model, quick(calibration=None))
+
+
 def test_non_finite_weights_are_all_named_before_the_run(tmp_path):
     model = tiny_model()
     for name in ("q_proj", "o_proj"):
