@@ -289,19 +289,23 @@ def decode(attention: Any, query: Tensor, layer: LatentLayer, keys: Tensor, valu
     recent = layer.recent(tokens) if bits else None
     stop = tokens if recent is None else tokens - recent[0].shape[2]
     first = layer.first(stop) if bits else None
+
+    def of(begin: int, end: int) -> Tensor | None:
+        return None if visible is None else visible[:, :, begin:end]
+
     if first is not None and layer.first_slots is not None:
-        parts = _padded_parts(attention, query, layer, first, (keys[:, :, :stop], values[:, :, :stop]), visible)
+        parts = _padded_parts(attention, query, layer, first, (keys[:, :, :stop], values[:, :, :stop]), of(0, stop))
         start = stop
     else:
         start = 0 if first is None else first[0].shape[2]
         if start == 0 and stop == tokens:
             return _step(attention, query, layer, stored, bits, slice(None), visible)[0]
-        parts = [] if first is None else [_step(attention, query, layer, first, 0, slice(0, start), visible)]
+        parts = [] if first is None else [_step(attention, query, layer, first, 0, slice(0, start), of(0, start))]
     if start < stop:
         stored = keys[:, :, start:stop], values[:, :, start:stop]
-        parts.append(_step(attention, query, layer, stored, bits, slice(start, stop), visible))
+        parts.append(_step(attention, query, layer, stored, bits, slice(start, stop), of(start, stop)))
     if recent is not None:
-        parts.append(_step(attention, query, layer, recent, 0, slice(stop, None), visible))
+        parts.append(_step(attention, query, layer, recent, 0, slice(stop, None), of(stop, tokens)))
     return latent_attention.merge(parts)
 
 
@@ -322,10 +326,10 @@ def _padded_parts(
     if mask is not None:
         wide = mask.expand(len(slots), -1, -1)
         own = wide.gather(2, place[:, None].expand(-1, wide.shape[1], -1))
-    rest = padded.shown(None if mask is None else mask[:, :, :tokens], ~padded.is_first(slots, count, tokens))
+    rest = padded.shown(mask, ~padded.is_first(slots, count, tokens))
     return [
         _step(attention, query, layer, first, 0, place, padded.shown(own, there)),
-        _step(attention, query, layer, coded, layer.layout.bits, slice(0, tokens), rest, masked=True),
+        _step(attention, query, layer, coded, layer.layout.bits, slice(0, tokens), rest),
     ]
 
 
@@ -337,7 +341,6 @@ def _step(
     bits: int,
     place: slice | Tensor,
     mask: Tensor | None,
-    masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Call the op on one stretch of a cache.
 
@@ -348,9 +351,7 @@ def _step(
         stored: keys and values.
         bits: of its codes; 0 for latents in full.
         place: where it lies among the visible tokens; or the slot of each of its tokens, (batch, tokens).
-        mask: of all visible tokens, (1 or batch, 1 or heads, tokens), or None; of the stretch alone where ``masked``
-            says so or slots are given.
-        masked: see ``mask``.
+        mask: of the stretch, (1 or batch, 1 or heads, its tokens), or None.
     """
     structure: Structure = attention.latent_structure
     projections = attention.k_proj, attention.v_proj
@@ -375,7 +376,7 @@ def _step(
         norm,
         positions,
         frequencies,
-        mask if mask is None or masked or not isinstance(place, slice) else mask[:, :, place],
+        mask,
         *attention.latent_groups(),
         attention.scaling,
         rope_scale,

@@ -2,7 +2,8 @@
 
 The first tokens are kept in full beside their codes, since much attention goes to them. In a batch of prompts of
 different lengths the first slots of the shorter rows hold padding; what is kept for such a row begins with its own
-first token, so that it is answered as it would be alone.
+first token, so that it is answered as it would be alone. If a prompt comes in pieces, the first piece decides: a row
+of which that holds padding only keeps codes of most of its first tokens, or of all.
 """
 
 from __future__ import annotations

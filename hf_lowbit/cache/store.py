@@ -231,7 +231,7 @@ def _forms(layer: Any, header: _Header, kept: Tensor | None, padded: bool) -> _F
         if layout.first:
             count = layout.first if padded else min(stored, layout.first)
             forms[f"first_{name}"] = (header.batch, 1, count, sum(ranks)), dtype
-    if layout.first and layout.rotary and padded:
+    if layout.first and padded:
         forms["first_slots"] = (header.batch,), torch.int32
     if layout.rotary:
         forms["positions"] = (header.batch, stored), torch.int32

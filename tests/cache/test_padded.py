@@ -1,10 +1,15 @@
 """Rows that are padded on the left: their own first tokens are kept in full, and each is answered as it is alone."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers.cache_utils import DynamicLayer
 
-from hf_lowbit.cache import ReCalKVCache, load_cache, padded, save_cache
+from hf_lowbit import CheckpointError
+from hf_lowbit.cache import ReCalKVCache, load_cache, padded, save_cache, store
 from hf_lowbit.cache.adoption import new_layer
 from hf_lowbit.cache.layout import Layout
 from tests.cache.latent_models import compress, dense_model
@@ -136,8 +141,40 @@ def test_a_file_says_where_rows_begin(latent, tmp_path):
     assert loaded.layers[0].first_slots.tolist() == list(PADS)
     assert torch.equal(step(loaded), step(cache))
 
+    def rewritten(change):
+        tensors = load_file(tmp_path / "a")
+        tensors["layers.1.first_slots"] = change(tensors["layers.1.first_slots"])
+        with safe_open(tmp_path / "a", "pt") as file:
+            header = json.loads(file.metadata()[store._KEY])
+        header["checksum"] = store._checksum(tensors)
+        save_file(tensors, tmp_path / "c", metadata={store._KEY: json.dumps(header)})
+        return tmp_path / "c"
+
+    for change, message in (
+        (lambda slots: slots - 1, "is out of range"),
+        (lambda slots: slots + 1, "is out of range"),
+        (lambda slots: slots.long(), "is torch.int64"),
+        (lambda slots: slots.float(), "is torch.float32"),
+        (lambda slots: slots[:2].clone(), r"is torch.int32 \(2,\), expected torch.int32 \(3,\)"),
+    ):
+        with pytest.raises(CheckpointError, match=f"layers.1.first_slots {message}"):
+            load_cache(latent, rewritten(change))
+
     cache = filled()
     for layer in cache.layers:
         layer.first_slots = layer.first_slots + LENGTH
     with pytest.raises(ValueError, match="first_slots is out of range"):
         save_cache(cache, latent, tmp_path / "b")
+
+
+def test_without_rotary_embeddings_a_file_says_it_too(tmp_path):
+    model = compress(dense_model("opt"), ranks=16, rotated=True)
+    seen = torch.stack([torch.arange(LENGTH) >= pad for pad in PADS])
+    cache = ReCalKVCache.from_model(model, latent_bits=4)
+    model.generate(
+        tokens(3, LENGTH).where(seen, 0), attention_mask=seen.long(), max_new_tokens=2, past_key_values=cache
+    )
+    save_cache(cache, model, tmp_path / "a")
+    for layer, loaded in zip(cache.layers, load_cache(model, tmp_path / "a").layers, strict=True):
+        assert loaded.first_slots.tolist() == list(PADS)
+        assert torch.equal(loaded.first(9)[0], layer.first(9)[0])

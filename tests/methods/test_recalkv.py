@@ -268,7 +268,12 @@ def test_ranks_by_gradients_meet_the_budget():
     method, units = registry.get("recalkv"), stack()
     told = Told({unit.name: GradientStats(1.0 + (unit.part == "value"), torch.eye(48).double()) for unit in units})
     chosen = config(
-        key_group_size=0, rank_allocation="fisher_uniform", gradient_samples=3, gradient_length=7, recall=0.5
+        key_group_size=0,
+        rank_allocation="fisher_uniform",
+        gradient_samples=3,
+        gradient_length=7,
+        recall=0.5,
+        calibration=["text"],  # not read here: a second moment is told
     )
     found = method.allocate(units, chosen, told)
     assert told.asked == (3, 7, 0.5)
@@ -517,7 +522,18 @@ def test_the_papers_preset():
     assert paper.streams == {"dense", "compressed"}
     assert ReCalKVConfig().streams == {"dense", "gradients"}
     assert ReCalKVConfig(ocmf="sequential", ocmf_for="both", weighting="none").streams == {"compressed"}
+    assert paper.recall == 0
     assert ReCalKVConfig(ocmf="cross").streams == {"dense", "compressed", "cross", "gradients"}
+
+
+def test_passages_return_only_where_gradients_are_taken():
+    assert ReCalKVConfig.paper(recall=0.25).recall == 0.25
+    for options in ({"calibration": None}, {"weighting": "none"}):
+        with pytest.raises(ValueError, match="recall is for gradients, and none are taken"):
+            ReCalKVConfig(recall=0.25, **options)
+    for recall in (-0.1, 0.91, math.nan, True, "0.25"):
+        with pytest.raises(ValueError, match=r"recall must be .*got"):
+            ReCalKVConfig(recall=recall)
 
 
 def cost(layer, found, metric):

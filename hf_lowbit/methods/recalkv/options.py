@@ -23,9 +23,9 @@ class ReCalKVConfig(CalibratedConfig):
     W becomes a down-projection, whose output is cached, and an up-projection, applied when a token attends. Factors
     and ranks, which share one budget, lose as little as possible of what the model's loss depends on. That takes one
     backward pass over a few sequences, made block by block. With ``recall=0.25, gradient_length=512`` passages return
-    in these sequences, and what stands far back in a long text is found again; without, perplexity is as good, but
-    single facts are lost. With ``calibration=None`` no data is used: plain singular
-    value decomposition with the same rank everywhere.
+    in these sequences: a small model then found again what stood far back in a long text, and without it hardly did,
+    at the same perplexity (``python -m benchmarks.kv.quality``). With ``calibration=None`` no data is used: plain
+    singular value decomposition with the same rank everywhere.
 
     ``ReCalKVConfig.paper(...)`` has the published choices, ``ReCalKVConfig(...)`` those that were best in
     ``benchmarks/quality/recalkv.py``.
@@ -75,7 +75,7 @@ class ReCalKVConfig(CalibratedConfig):
     )
     min_rank: int = option(0, "least rank of a group; 0: rank_multiple", low=0, high=2**16)
     gradient_samples: int = option(16, "calibration sequences that gradients are taken of", low=1)
-    gradient_length: int = option(256, "tokens of each of them", low=2)
+    gradient_length: int = option(256, "tokens of each of them, at most sequence_length", low=2)
     recall: float = option(
         0.0,
         "share of each of them, at its end, in which passages from before return: errors count that would keep the "
@@ -116,13 +116,7 @@ class ReCalKVConfig(CalibratedConfig):
 
         Key heads by similarity, values calibrated in sequence, ranks by gradients, all outputs alike.
         """
-        chosen = {
-            "grouping": "cka",
-            "ocmf": "sequential",
-            "rank_allocation": "fisher_uniform",
-            "weighting": "none",
-            "recall": 0.0,
-        }
+        chosen = {"grouping": "cka", "ocmf": "sequential", "rank_allocation": "fisher_uniform", "weighting": "none"}
         return cls(**{**chosen, **options})
 
     def problems(self) -> list[str]:
@@ -133,6 +127,12 @@ class ReCalKVConfig(CalibratedConfig):
         )
         if self.recent_window and self.latent_bits == 16:
             found.append("recent_window needs latent_bits below 16: otherwise every token is kept as computed")
+        measured = self.rank_allocation == "fisher_uniform" or self.weighting != "none"
+        if self.recall and (self.calibration is None or not measured):
+            found.append(
+                "recall is for gradients, and none are taken: that needs calibration data, and weighting other than "
+                "none or rank_allocation=fisher_uniform"
+            )
         return found
 
     def _values(self) -> dict[str, Any]:
