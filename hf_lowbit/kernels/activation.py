@@ -89,16 +89,16 @@ def check(x: Tensor, tensors: tuple[Tensor | None, ...], sizes: Sizes) -> None:
 
     Raises:
         RuntimeError: says what does not fit.
+        ValueError: activations cannot have so many bits.
     """
     bias, smooth, signs, bounds = tensors[3:]
     check_weight("integer_act_linear", tensors[:3], sizes[:3])
     packed: Any = tensors[0]
     check_input("integer_act_linear", x, packed, bias, sizes.in_features)
-    for name, tensor in (("smooth", smooth), ("signs", signs)):
-        if tensor is not None and tensor.shape != (sizes.in_features,):
-            raise RuntimeError(
-                f"integer_act_linear: {name} has shape {tuple(tensor.shape)}, expected ({sizes.in_features},)"
-            )
+    columns = sizes.in_features
+    for name, tensor, length in (("smooth", smooth, columns), ("signs", signs, columns), ("act_bounds", bounds, 2)):
+        if tensor is not None and tensor.shape != (length,):
+            raise RuntimeError(f"integer_act_linear: {name} has shape {tuple(tensor.shape)}, expected ({length},)")
         if tensor is not None and tensor.device != x.device:
             raise RuntimeError(f"integer_act_linear: {name} is on {tensor.device}, x on {x.device}")
     # kernels write whole blocks
@@ -114,8 +114,6 @@ def check(x: Tensor, tensors: tuple[Tensor | None, ...], sizes: Sizes) -> None:
         raise RuntimeError("integer_act_linear: act_bounds belong to mode static only")
     if bounds is None and sizes.mode == "static":
         raise RuntimeError("integer_act_linear: mode static needs act_bounds")
-    if bounds is not None and bounds.shape != (2,):
-        raise RuntimeError(f"integer_act_linear: act_bounds has shape {tuple(bounds.shape)}, expected (2,)")
     check_act_bits(sizes.act_bits)
 
 
@@ -263,7 +261,8 @@ def integer_act_linear(x: Tensor, tensors: tuple[Tensor | None, ...], sizes: Siz
         (..., out_features), dtype of ``x``.
 
     Raises:
-        RuntimeError: shapes or devices do not fit.
+        RuntimeError: shapes or devices do not fit, or the mode is none.
+        ValueError: activations cannot have so many bits.
     """
     arguments = (*tensors, *sizes)
     if unobserved(x, tensors[3]):

@@ -146,10 +146,17 @@ def quantize_activation(x: Tensor, mode: str, bits: int, group_size: int = 0) ->
         Codes ``round(x / s)``, half to even, with ``s = max|x| / (2^(bits-1) - 1)``; 0 with scale NaN where NaN or
         infinity was.
 
+    Raises:
+        ValueError: there is no such mode, or it is token_group without a group size.
+
     Source: DVD-Quant, Eq. 10, for mode channel: ``Λ = diag(s_j)``, ``s_j = max_i |x_ij|``, ``X̂ = Q(X Λ⁻¹)`` with Q on
     a fixed grid of [-1, 1]. The paper does not say whether grids have a zero point; rotated rows are centred at 0, so
     they have none here.
     """
+    if mode not in SCALE_MODES:
+        raise ValueError(f"activation mode must be one of {', '.join(SCALE_MODES)}, got {mode!r}")
+    if mode == "token_group" and group_size < 1:
+        raise ValueError(f"group_size must be at least 1 for mode token_group, got {group_size}")
     most = 2 ** (bits - 1) - 1
     tokens, columns = x.shape
     if mode == "token_group":
@@ -161,8 +168,6 @@ def quantize_activation(x: Tensor, mode: str, bits: int, group_size: int = 0) ->
     if mode == "token":
         token = _step(x.abs().amax(1, keepdim=True), most)
         return ActivationCodes(_rounded(x, token, most), token, None, columns)
-    if mode not in ("channel", "channel_token"):
-        raise ValueError(f"activation mode must be one of {', '.join(SCALE_MODES)}, got {mode!r}")
     largest = x.abs().amax(0, keepdim=True) if tokens else x.new_zeros((1, columns))
     if mode == "channel":
         channel = _step(largest, most)

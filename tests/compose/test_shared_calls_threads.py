@@ -9,9 +9,10 @@ import torch
 from hf_lowbit.kernels import ready
 from hf_lowbit.kernels.cpu import binary
 from hf_lowbit.kernels.cpu.library import load
+from tests.kernels.compiled import needs
 from tests.kernels.test_ready import Attention, expected
 
-pytestmark = pytest.mark.skipif(load()[0] is None, reason="there is no compiled library")
+pytestmark = needs(load)
 
 
 def with_interruption(call, interruption, at):

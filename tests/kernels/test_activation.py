@@ -169,6 +169,13 @@ def test_bits_out_of_range_are_refused(bits):
         set_act_bits(layer_of(), bits)
 
 
+def test_modes_without_scales_of_their_own_are_refused():
+    with pytest.raises(ValueError, match=r"activation mode must be one of token_group, token, .* got 'static'"):
+        quantize_activation(torch.ones(2, 8), "static", 4)
+    with pytest.raises(ValueError, match="group_size must be at least 1 for mode token_group, got 0"):
+        quantize_activation(torch.ones(2, 8), "token_group", 4)
+
+
 def test_layers_that_do_not_round_activations_say_so():
     plain = layer_of("none", bits=8)
     with pytest.raises(ValueError, match="no packed layer of PackedLinear rounds activations"):

@@ -12,10 +12,11 @@ import torch
 import hf_lowbit.kernels.cpu.binary as cpu
 from hf_lowbit.kernels import dispatch, reference
 from hf_lowbit.kernels.cpu.library import DTYPES, ISAS, Job, has_amx, load
+from tests.kernels.compiled import needs
 from tests.kernels.test_binary_op import LINEAR, Case
 
 LIBRARY, ISA = load()
-needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"no compiled library: {ISA}")
+needs_library = needs(load)
 AVAILABLE = ISAS[: ISAS.index(ISA) + 1] if LIBRARY is not None else ()
 # out_features, in_features: fewer than a tile, odd tiles, short groups, exactly one group, padding of every kind
 SIZES = [(1, 16), (5, 130), (17, 128), (16, 300), (33, 640), (40, 72)]

@@ -11,9 +11,10 @@ import hf_lowbit.kernels.cpu.activation as cpu_activation
 import hf_lowbit.kernels.cpu.integer as cpu
 from hf_lowbit.kernels import activation, choice, integer, rounding
 from hf_lowbit.kernels.activation import Sizes
+from tests.kernels.compiled import needs
 
 LIBRARY, ISA = cpu.load()
-needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"no compiled library: {ISA}")
+needs_library = needs(cpu.load)
 AVAILABLE = cpu.ISAS[: cpu.ISAS.index(ISA) + 1] if LIBRARY is not None else ()
 LINEAR = torch.ops.hf_lowbit.integer_linear
 DTYPES = (torch.float16, torch.float32, torch.bfloat16)

@@ -15,9 +15,10 @@ from hf_lowbit.kernels import dispatch, low_rank
 from hf_lowbit.kernels.cpu import low_rank as cpu
 from hf_lowbit.kernels.low_rank import low_rank_linear
 from hf_lowbit.report.bench import kernels_of
+from tests.kernels.compiled import needs
 
 LIBRARY, ISA = cpu.load()
-needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"no compiled library: {ISA}")
+needs_library = needs(cpu.load)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # rows, rank, columns: ones, less than a vector, whole vectors, ragged ends, rows beyond the four that go together; and
 # enough for several threads

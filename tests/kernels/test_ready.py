@@ -13,8 +13,9 @@ from hf_lowbit.formats import IntegerSpec
 from hf_lowbit.kernels import dispatch
 from hf_lowbit.kernels.cpu.library import load
 from hf_lowbit.report.bench import random_format, random_weight, typical_spec
+from tests.kernels.compiled import needs
 
-pytestmark = pytest.mark.skipif(load()[0] is None, reason="there is no compiled library")
+pytestmark = needs(load)
 
 
 def layer(rows, bias=False):
