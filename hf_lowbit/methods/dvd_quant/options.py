@@ -56,9 +56,12 @@ class DVDQuantConfig(CalibratedConfig):
     their modulation in weights only, and all else stays dense. In any other model all layers that are compressed are
     rounded on both sides, with the stored width: nothing there has diffusion steps.
 
-    ``DVDQuantConfig(preset="weights")`` rounds weights alone. In language models ``calibration`` lets columns make up
-    for each other's rounding on the inputs that a layer gets (GPTQ, arXiv 2210.17323, in the rotated basis), which the
-    paper's method, being without data, does not.
+    ``DVDQuantConfig(preset="weights")`` rounds weights alone and balances no columns: without data, balanced and
+    rotated, a language model loses most of what it knows (SmolLM2 in ``python -m benchmarks.equal_bytes rows``). The
+    other presets balance in any model; for one of language, ``balance="none"`` is the safer choice.
+
+    In language models ``calibration`` lets columns make up for each other's rounding on the inputs that a layer gets
+    (GPTQ, arXiv 2210.17323, in the rotated basis), which the paper's method, being without data, does not.
     """
 
     method: ClassVar[str] = "dvd_quant"
@@ -67,7 +70,7 @@ class DVDQuantConfig(CalibratedConfig):
         "paper": {"group_size": -1, "rotation": "full", "balance": "none", "delta": 0.09, "refine": "full"},
         "w4a8": {"delta": None, "a_bits": 8},
         "w4a4": {"delta": None, "a_bits": 4},
-        "weights": {"delta": None, "a_bits": 16},
+        "weights": {"delta": None, "a_bits": 16, "balance": "none"},
     }
 
     calibration: Any = dataclasses.field(default=None, repr=False)
