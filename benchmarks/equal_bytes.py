@@ -73,9 +73,13 @@ def text() -> Text:
     return Text(calibration_sequences(tokenizer, SAMPLES, LENGTH), heldout_sequences(tokenizer, 32, LENGTH))
 
 
-def integers(bits: int, group: int, calibration: Any = None) -> LowBitConfig:
-    """Return weights of so many bits, a scale and a zero point for each group of columns."""
-    return DVDQuantConfig(preset="weights", w_bits=bits, group_size=group, calibration=calibration, samples=SAMPLES)
+def integers(bits: int, group: int, calibration: Any = None, balance: str = "weight_columns") -> LowBitConfig:
+    """Return weights of so many bits, a scale and a zero point for each group of columns.
+
+    Calibrated ones are balanced, which the preset does not do: columns then make up for each other either way.
+    """
+    data = {"calibration": calibration, "samples": SAMPLES}
+    return DVDQuantConfig(preset="weights", w_bits=bits, group_size=group, balance=balance, **data)
 
 
 def candidates(calibration: Any) -> list[LowBitConfig]:
@@ -92,8 +96,10 @@ OURS: dict[str, Callable[[Any], LowBitConfig]] = {
     "integer-3-128": lambda data: integers(3, 128, data),
     "integer-2-32": lambda data: integers(2, 32, data),
     "integer-4-128": lambda data: integers(4, 128, data),
-    "integer-3-128-no-data": lambda data: integers(3, 128),
-    "integer-2-32-no-data": lambda data: integers(2, 32),
+    "integer-4-32-no-data": lambda data: integers(4, 32, balance="none"),
+    "integer-4-32-no-data-balanced": lambda data: integers(4, 32),
+    "integer-3-128-no-data": lambda data: integers(3, 128, balance="none"),
+    "integer-2-32-no-data": lambda data: integers(2, 32, balance="none"),
     "adasvd-int4": lambda data: AdaSVDConfig(calibration=data, samples=SAMPLES, ratio=0.55, factors="int4"),
     "arb-rc": lambda data: ARBConfig(
         calibration=data, samples=SAMPLES, column_group_bitmap=False, iterations=3, max_salient_per_block=25

@@ -125,7 +125,7 @@ ROWS: dict[str, tuple[str, Make]] = {
     "quanto-4": ("optimum-quanto", quanto("qint4")),
     "bitsandbytes-nf4": ("bitsandbytes", bitsandbytes("nf4", True)),
     "gptq-2-64": ("llmcompressor", gptq(2, 64)),
-    "gptq-3-128": ("llmcompressor", gptq(3, 128)),
+    "gptq-3-64": ("llmcompressor", gptq(3, 64)),
     "torchao-4-32": ("torchao", torchao(4, 32)),
     "torchao-3-64": ("torchao", torchao(3, 64)),
     "torchao-2-64": ("torchao", torchao(2, 64)),
