@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_lowbit
 from hf_lowbit import AdaSVDConfig, ARBConfig, LowBitRecipe, RunOptions, UnsupportedModelError, packed_modules
+from hf_lowbit.compress.dense import DenseWeights
 from hf_lowbit.compress.engine import Run
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.hf.save import save_model
@@ -206,7 +207,7 @@ def test_a_run_that_would_compress_nothing_is_refused_before_the_work(dense, cal
     def too_late(*arguments):
         raise AssertionError("weights are read, or inputs gathered")
 
-    monkeypatch.setattr(Run, "_check_weights", too_late)
+    monkeypatch.setattr(DenseWeights, "check", too_late)
     with pytest.raises(UnsupportedModelError, match=r"all stay dense .*factors would save nothing at ratio 1"):
         compress(dense, small(calibration=calibration, **options))
 
