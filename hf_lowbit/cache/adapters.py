@@ -23,7 +23,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from hf_lowbit.cache.attention import LatentAttention, Structure, convert_attention
+from hf_lowbit.cache.attention import NO_PAGES, LatentAttention, Structure, convert_attention
 from hf_lowbit.cache.probe import difference, norm_shift
 from hf_lowbit.cache.projection import become, is_latent
 from hf_lowbit.errors import UnsupportedModelError
@@ -35,6 +35,7 @@ _OUTPUTS = ("o_proj", "out_proj", "dense")
 _NORMS = {"q_norm", "k_norm"}
 _LATENT_ATTENTION = ("kv_b_proj", "kv_a_proj_with_mqa")
 _OWN = ("latent_structure", "latent_bits", "recent_window", "sink_tokens", "_latent_layout", "_latent_groups")
+_PAGES = "init_continuous_batching"  # also on the way of generate_batch and of cache_implementation="paged"
 _PLAIN = (bool, int, float, str, type(None))
 _TOLERANCE = 1e-4  # relative; rounding gives 1e-6
 
@@ -71,7 +72,14 @@ def attach_latent_attention(
         convert_attention(
             module, structure, latent_bits=latent_bits, recent_window=recent_window, sink_tokens=sink_tokens
         )
+    if wanted and hasattr(model, _PAGES):
+        setattr(model, _PAGES, _without_pages)
     return len(wanted)
+
+
+def _without_pages(*args: Any, **kwargs: Any) -> Any:
+    """Take the place of a model's way into continuous batching, whose own thread would swallow the error."""
+    raise NotImplementedError(NO_PAGES)
 
 
 def detach_latent_attention(model: nn.Module) -> int:
@@ -85,6 +93,8 @@ def detach_latent_attention(model: nn.Module) -> int:
         become(module, type(module).__mro__[2])
         for name in [name for name in vars(module) if name in _OWN]:
             delattr(module, name)
+    if modules and not any(isinstance(module, LatentAttention) for module in model.modules()):
+        vars(model).pop(_PAGES, None)
     return len(modules)
 
 

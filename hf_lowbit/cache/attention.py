@@ -37,6 +37,11 @@ from hf_lowbit.kernels.latent_codec import SINK_TOKENS
 # With another implementation than these and "sdpa" a single token, too, goes through the function that was asked for.
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 
+NO_PAGES = (
+    "continuous batching keeps dense keys and values in pages and would leave the cache as large as it was; use "
+    'generate() without cache_implementation="paged"'
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
@@ -111,10 +116,7 @@ class LatentAttention:
     def _check_call(self, kwargs: dict[str, Any]) -> None:
         own: Any = self
         if kwargs.get("cache") is not None:
-            raise NotImplementedError(
-                f"{self.latent_structure.name}: continuous batching keeps dense keys and values in pages and would "
-                "leave the cache as large as it was; use generate() without it"
-            )
+            raise NotImplementedError(f"{self.latent_structure.name}: {NO_PAGES}")
         for name in ("k_proj", "v_proj"):
             projection = getattr(own, name)
             if not isinstance(projection, LatentProjection):

@@ -358,7 +358,23 @@ class TestOthers:
             model(PROMPT)
 
     def test_continuous_batching(self, latent):
-        with pytest.raises(
-            NotImplementedError, match=r"model.layers.0.self_attn: continuous batching keeps dense keys"
-        ):
+        """Refused in the caller's thread: transformers' own writes errors to its log and returns the prompt."""
+        said = "continuous batching keeps dense keys and values in pages"
+        prompt = PROMPT[:1]
+        for again in (latent, copy.deepcopy(latent), pickle.loads(pickle.dumps(latent))):
+            with pytest.raises(NotImplementedError, match=f"^{said}"):
+                again.generate(prompt, cache_implementation="paged", max_new_tokens=4)
+        with pytest.raises(NotImplementedError, match=f"^{said}"):
+            latent.generate_batch(prompt.tolist(), max_new_tokens=4)
+        with pytest.raises(NotImplementedError, match=f"^{said}"):
+            latent.init_continuous_batching()
+        with pytest.raises(NotImplementedError, match=rf"^model.layers.0.self_attn: {said}"):
             latent(PROMPT, use_cache=False, cache=DynamicCache())
+
+    def test_continuous_batching_of_a_model_that_was_given_back(self, latent):
+        for layer in latent.model.layers:
+            for name in ("k_proj", "v_proj"):
+                setattr(layer.self_attn, name, torch.nn.Linear(64, 32, bias=False))
+        assert "init_continuous_batching" in vars(latent)
+        detach_latent_attention(latent)
+        assert "init_continuous_batching" not in vars(latent)
