@@ -198,6 +198,7 @@ class PackedLinearMethod(LinearMethodBase):
     def __init__(self, config: HfLowbitServed, names: list[str]) -> None:
         """Take the names of the modules that the layer joins, in order."""
         self._config, self._names = config, names
+        self._parts: Parts | None = None  # of the one layer that this method is for, while tensors come
 
     def create_weights(
         self,
@@ -219,7 +220,8 @@ class PackedLinearMethod(LinearMethodBase):
             raise ValueError(f"{name}: packed rows cannot be cut apart for several processes")
         found = parts_of(name, self._names, output_partition_sizes, self._config.layers())
         parts = Parts(found, input_size, params_dtype, torch.get_default_device())
-        setattr(layer, _PARTS, parts)
+        # no submodule yet: vLLM's way for models without code of its own replaces all linear modules that it finds
+        self._parts = parts
         for leaf, dtype in parts.slots.items():
             slot = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             slot.weight_loader = _loader(parts, leaf, found)  # type: ignore[attr-defined]
@@ -230,9 +232,13 @@ class PackedLinearMethod(LinearMethodBase):
 
         Raises:
             CheckpointError: tensors are missing or hold values that the format does not allow.
+            ValueError: the engine asks a second time, as it does to take other weights while it runs.
         """
         self._config.refuse_left_over()
-        parts: Parts = getattr(layer, _PARTS)
+        parts, self._parts = self._parts, None
+        if parts is None:
+            raise ValueError(f"{self._names[0]}: packed weights are loaded once; start another engine to load others")
+        setattr(layer, _PARTS, parts)
         added_here = getattr(layer, "bias", None) is not None and not getattr(layer, "skip_bias_add", False)
         parts.finish(layer.bias if added_here else None)
         for leaf in parts.slots:

