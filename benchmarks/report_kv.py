@@ -126,11 +126,11 @@ def quality() -> str:
     lengths = [str(n) for n in result["lengths"] if any(str(n) in row["needles"] for row in result["rows"].values())]
     shares = [(name, [row["needles"].get(n) for n in lengths]) for name, row in result["rows"].items()]
     found = [[name, *("–" if share is None else f"{share:.0%}" for share in row)] for name, row in shares]
-    environment = result["environment"]
+    environment, counts = result["environment"], result["needles"]
     return (
         table([f"perplexity by position, {count} texts of {length} tokens", *places], perplexities)
         + "\n\n"
-        + table([f"{result['needles']} needles found in a text of so many tokens", *lengths], found)
+        + table(["needles found in a text of so many tokens", *(f"{n}, of {counts[n]}" for n in lengths)], found)
         + f"\n\nbfloat16; {environment['cpu']}, torch {environment['packages']['torch']}, commit "
         f"{environment['commit']}."
     )

@@ -33,10 +33,12 @@ TITLES = {
     "energy ranks": "F, ranks by energy",
     "loss, uniform": "F, errors weighed by the loss",
     "loss, fisher_uniform": "G, errors weighed by the loss",
-    "loss, pairs": "**default** with groups {0, 1}, {2}",
-    "loss by head": "**default**, weighed for each head apart",
-    "default": "**default**: one group each, ranks by energy, both weighed by the loss",
-    "returns": "**default** with `recall=0.25, gradient_length=512`, for long texts",
+    "loss, pairs": "H with groups {0, 1}, {2}",
+    "loss by head": "H, weighed for each head apart",
+    "text": "H one group each, ranks by energy, both weighed by the loss on text as it is",
+    "default": "**default**: H, on text in which passages return",
+    "text, values in sequence": "H, values in sequence",
+    "values crossed": "**default**, values crossed",
 }
 # Perplexity on WikiText2, arXiv 2505.24357, Table 1: dense, then Palu and ReCalKV at 50, 60 and 70 % compression.
 PAPER = {
@@ -100,8 +102,9 @@ def runs() -> str:
     for key, row in found.items():
         title, _, ratio = key.rpartition(", ")
         beside = shared.get(f"{title}, {ratio}")
-        words = TITLES.get(title, f"default, {title}")
-        rows.append([words, ratio, _both(row), _both(beside), f"{row['kept']:.4f}", f"{row['seconds'] / 60:.1f}"])
+        rows.append(
+            [TITLES[title], ratio, _both(row), _both(beside), f"{row['kept']:.4f}", f"{row['seconds'] / 60:.1f}"]
+        )
     header = ["whole run", "ratio", "perplexity", "from shared statistics", "kept", "minutes"]
     return table(header, rows)
 
@@ -144,7 +147,7 @@ def latents() -> str:
         more = f"{row['perplexity'] / base['perplexity'] - 1:+.1%}" if base else "–"
         wide = f"{row['perplexity_24'] / base['perplexity_24'] - 1:+.1%}" if base else "–"
         held, dense = row["bytes_per_token"], row["dense_bytes_per_token"]
-        rows.append([key, _both(row), f"{more} ({wide})", f"{held:,}", f"{dense / held:.1f}"])
+        rows.append([key.replace("text", "H"), _both(row), f"{more} ({wide})", f"{held:,}", f"{dense / held:.1f}"])
     header = [
         "variant, bits of a latent",
         "perplexity",
@@ -190,7 +193,7 @@ def errors() -> str:
     """Return mean relative errors of the outputs of keys and of values."""
     found = _figures("table")
     rows = []
-    for title in ("A", "B", "C", "energy pairs", "F", "G", "energy ranks", "default"):
+    for title in ("A", "B", "C", "energy pairs", "F", "G", "energy ranks", "text", "default"):
         figures = [found.get(f"{title}, {ratio}", {}).get("errors") for ratio in RATIOS]
         if any(figures):
             cells = [f"{row['key']:.3f}, {row['value']:.3f}" if row else "–" for row in figures]

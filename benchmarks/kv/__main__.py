@@ -47,9 +47,9 @@ from hf_lowbit.report.bench import timed_in_turn
 
 CONTEXTS = (512, 2048, 4096, 16384)
 BATCHES = (1, 8)
-# Tokens times width of keys and values beyond which a case is left out: memory and patience; and beyond which caches
+# Tokens times width of keys and values beyond which a case is left out, for its ten gigabytes; and beyond which caches
 # that are decoded as a whole in every step, for seconds, take no part.
-_LARGEST = 8 * 16384 * 2 * 1024
+_LARGEST = 8 * 16384 * 2 * 4096
 _LARGE = 16384 * 2 * 1024
 PLOT = ROOT / "benchmarks" / "figures" / "kv_memory.svg"
 

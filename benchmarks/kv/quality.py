@@ -6,8 +6,9 @@ SmolLM2-135M-Instruct, which was trained on 8192 positions, reads held-out Wikip
 with the cache that is measured; every row of a table uses the same texts. Needles are sentences with a name and a
 number, put at a tenth, half and nine tenths of a text; at its end the sentence begins again, and the number counts as
 found if the model's most likely tokens are all of its tokens. The model is compressed twice (32 × 512 tokens, half of
-the cache's width, factors mixed for few bits), with gradients of plain text and of text in which passages return, and
-kept in the cache folder of ``assets``.
+the cache's width, factors mixed for few bits), by default, where passages return in the sequences that gradients are
+taken of, and with gradients of text as it is, and kept in the cache folder of ``assets``. Texts of 8192 tokens have
+needles of one name.
 
 Writes ``benchmarks/results/kv_quality.json``, row by row; what it holds already is not measured again.
 """
@@ -37,20 +38,21 @@ PIECE = 512
 DEPTHS = (0.1, 0.5, 0.9)
 NEEDLES = (("Tobermory", "48 16 93"), ("Lillesand", "70 25 61"))
 LENGTHS = (512, 2048, 4096, 8192)  # of texts with a needle
+_LONG = 8192  # from here on, needles of one name are enough: reading takes minutes
 NEEDLE = "The secret number of {} is {}."
 # what gradients are taken of -> options
 MODELS: dict[str, dict[str, Any]] = {
+    "returns": {},
     "plain": {"recall": 0.0, "gradient_length": 256},
-    "returns": {"recall": 0.25, "gradient_length": 512},
 }
 # Reads in pieces with every cache: of which model, in how many bits; None is the dense model, and 0 for all bits.
 CACHES: dict[str, tuple[str | None, int]] = {
     "dense": (None, 0),
-    "latents": ("plain", 0),
-    "latents, 8 bits": ("plain", 8),
-    "latents, 4 bits": ("plain", 4),
-    "latents, `recall=0.25`": ("returns", 0),
-    "latents, 4 bits, `recall=0.25`": ("returns", 4),
+    "latents": ("returns", 0),
+    "latents, 4 bits": ("returns", 4),
+    "latents, `recall=0`": ("plain", 0),
+    "latents, 8 bits, `recall=0`": ("plain", 8),
+    "latents, 4 bits, `recall=0`": ("plain", 4),
 }
 
 
@@ -125,11 +127,16 @@ def is_found(model: Any, prompt: Tensor, answer: Tensor, cache: Cache) -> bool:
     return bool((logits.argmax(-1) == answer).all())
 
 
+def hidden(length: int) -> tuple[tuple[str, str], ...]:
+    """Return names and numbers that are looked for in texts of a length, each at every depth."""
+    return NEEDLES if length < _LONG else NEEDLES[:1]
+
+
 def needles(model: Any, tokenizer: Any, text: Tensor, bits: int, length: int) -> float:
     """Return the share of needles that are found in a text of so many tokens."""
     found = [
         is_found(model, *haystack(tokenizer, text[:length], depth, needle), made(model, bits))
-        for needle in NEEDLES
+        for needle in hidden(length)
         for depth in DEPTHS
     ]
     return sum(found) / len(found)
@@ -168,7 +175,8 @@ def main() -> None:
                 model, tokenizer, far if length > shape[1] else texts[0], bits, length
             )
             print(name, length, row["needles"][str(length)], flush=True)
-            result |= {"lengths": list(LENGTHS), "needles": len(NEEDLES) * len(DEPTHS)}
+            counts = {str(length): len(hidden(length)) * len(DEPTHS) for length in LENGTHS}
+            result |= {"lengths": list(LENGTHS), "needles": counts}
             write_result("kv_quality", result)
 
 

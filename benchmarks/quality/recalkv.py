@@ -65,6 +65,8 @@ _PAIRS: dict[str, Any] = {
     "weighting": "none",
 }
 _WHOLE: dict[str, Any] = {"rank_allocation": "uniform", "rank_multiple": 1, "weighting": "none"}
+# Gradients of shorter sequences of text as it is: the default until passages returned in them.
+_TEXT: dict[str, Any] = {"recall": 0.0, "gradient_length": 256}
 # The letters are those of the figures known before.
 VARIANTS: dict[str, dict[str, Any]] = {
     "A": {**_PAIRS, "whiten": False},
@@ -72,15 +74,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "C": {**_PAIRS, "grouping": "cka"},
     "D": {**_PAIRS, "grouping": "cka", "value_group_size": 0},
     "F": _WHOLE,
-    "G": {"rank_allocation": "fisher_uniform", "weighting": "none"},
+    "G": {"rank_allocation": "fisher_uniform", "weighting": "none", **_TEXT},
     "energy ranks": {"weighting": "none"},
     "energy pairs": {**_PAIRS, "grouping": "energy"},
     "default": {},
-    "loss by head": {"weighting": "loss_by_head"},
-    "loss, pairs": {"key_group_size": 2, "value_group_size": 2, "ragged_groups": True},
-    "loss, uniform": {"rank_allocation": "uniform", "rank_multiple": 1},
-    "loss, fisher_uniform": {"rank_allocation": "fisher_uniform"},
-    "returns": {"recall": 0.25, "gradient_length": 512},
+    "text": _TEXT,
+    "loss by head": {"weighting": "loss_by_head", **_TEXT},
+    "loss, pairs": {"key_group_size": 2, "value_group_size": 2, "ragged_groups": True, **_TEXT},
+    "loss, uniform": {"rank_allocation": "uniform", "rank_multiple": 1, **_TEXT},
+    "loss, fisher_uniform": {"rank_allocation": "fisher_uniform", **_TEXT},
 }
 AT_ONE_RATIO = ("loss, pairs", "loss, uniform", "loss, fisher_uniform")
 SINGLES: dict[str, dict[str, Any]] = {
@@ -93,8 +95,9 @@ SINGLES: dict[str, dict[str, Any]] = {
 # whole runs: each block on what the run has made of those before it, where the variant asks for that
 RUNS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "default": ({}, (0.5,)),
+    "text": (_TEXT, (0.5,)),
     "E": ({**_PAIRS, "grouping": "cka", "value_group_size": 0, "ocmf": "sequential"}, (0.5,)),
-    "values in sequence": ({"ocmf": "sequential"}, (0.5,)),
+    "text, values in sequence": ({"ocmf": "sequential", **_TEXT}, (0.5,)),
     "values crossed": ({"ocmf": "cross"}, (0.5,)),
 }
 
@@ -116,19 +119,28 @@ HEADS: dict[str, dict[str, Any]] = {
     "groups of 2, cka": {**_MANY, "key_group_size": 2, "grouping": "cka"},
     "groups of 2, energy": {**_MANY, "key_group_size": 2, "grouping": "energy"},
     "one group": {**_MANY, "key_group_size": 8},
-    "groups of 4, energy, fisher_uniform": {"weighting": "none", "rank_allocation": "fisher_uniform"},
+    "groups of 4, energy, fisher_uniform": {"weighting": "none", "rank_allocation": "fisher_uniform", "recall": 0.0},
     "default": {},
     "default, one group": {"key_group_size": 8},
-    "default, by head": {"weighting": "loss_by_head"},
+    "default, `recall=0`": {"recall": 0.0},
+    "default, `recall=0`, one group": {"key_group_size": 8, "recall": 0.0},
+    "default, `recall=0`, by head": {"weighting": "loss_by_head", "recall": 0.0},
 }
 HEAD_RUNS: dict[str, dict[str, Any]] = {
     "groups of 4, cka, values in sequence": {**_MANY, "key_group_size": 4, "grouping": "cka", "ocmf": "sequential"},
-    "paper": {"grouping": "cka", "ocmf": "sequential", "rank_allocation": "fisher_uniform", "weighting": "none"},
-    "default, values in sequence": {"ocmf": "sequential"},
+    "paper": {
+        "grouping": "cka",
+        "ocmf": "sequential",
+        "rank_allocation": "fisher_uniform",
+        "weighting": "none",
+        "recall": 0.0,
+    },
+    "default, `recall=0`, values in sequence": {"ocmf": "sequential", "recall": 0.0},
 }
 # variant -> options, and pairs of bits and whether latents are rotated
 LATENTS: dict[str, tuple[dict[str, Any], tuple[tuple[int, bool], ...]]] = {
-    "default": ({}, ((4, True), (4, False), (3, True))),
+    "default": ({}, ((4, True), (3, True))),
+    "text": (_TEXT, ((4, True), (4, False), (3, True))),
     "F": (_WHOLE, ((4, True),)),
 }
 
@@ -159,7 +171,7 @@ class Bench:
 
     def loss(self, config: ReCalKVConfig) -> dict[str, GradientStats]:
         """Return gradients at all projections, as a run measures them; once for all variants that ask for the same."""
-        asked = config.gradient_length, config.recall
+        asked = config.gradient_length, config.returning
         if asked not in self._losses:
             run = Run(self.model, config)
             with torch.no_grad():
@@ -424,7 +436,7 @@ def elsewhere(record: Record) -> None:
     bench = copy.copy(articles)  # shares statistics and gradients
     bench.heldout = news
     record.take("dense", bench.figures)
-    for title in ("B", "F", "G", "default"):
+    for title in ("B", "F", "G", "text", "default"):
         record.take(f"{title}, 0.4", functools.partial(bench.measure, ratio=0.4, **VARIANTS[title]))
 
 

@@ -180,7 +180,7 @@ class StackMeasures:
         found: dict[str, Tensor] = {}
         for rule in {id(rule): rule for rule in asking.values()}.values():
             own = [name for name in names if asking.get(name) is rule]
-            stats = self.gradients(own, rule.gradient_samples, rule.gradient_length, rule.recall)
+            stats = self.gradients(own, rule.gradient_samples, rule.gradient_length, rule.returning)
             found |= {name: stats[name].second_moment for name in own}
         return found
 

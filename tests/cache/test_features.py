@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.quality import multihead
 from hf_lowbit.cache import ReCalKVCache, cache_bytes
 from hf_lowbit.cache.layers import LatentLayer
 from tests.cache.features import FEATURES, NEW, generated, padded
@@ -53,6 +54,18 @@ def real_pair(smollm2_path):
     return dense, compress(dense), torch.searchsorted(words, prompt)
 
 
+@pytest.fixture(scope="module")
+def multihead_pair():
+    """The model of bytes in which every query head has keys and values of its own, and its latent twin."""
+    path = multihead.folder()
+    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    text = ["The lighthouse", "Metals that do"]
+    prompt = torch.tensor([tokenizer(line)["input_ids"][:12] for line in text])
+    assert dense.config.num_key_value_heads == dense.config.num_attention_heads
+    return dense, compress(dense, grouped=True), prompt
+
+
 def assert_same(use, dense, latent, prompt, tolerance=TOLERANCE):
     with torch.no_grad():
         ids, numbers = use(dense, prompt)
@@ -71,6 +84,14 @@ def test_every_family_in_every_use(family, use):
 @pytest.mark.parametrize("use", FEATURES)
 def test_real_weights_in_every_use(real_pair, use):
     assert_same(FEATURES[use], *real_pair)
+
+
+@pytest.mark.slow  # trains for minutes where the model is not there yet
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("use", FEATURES)
+def test_trained_weights_without_shared_heads_in_every_use(multihead_pair, use):
+    """As many key heads as query heads (no GQA), all four layers, keys in two groups of four heads."""
+    assert_same(FEATURES[use], *multihead_pair)
 
 
 @pytest.mark.parametrize("use", ["generate_by_itself", "beam_search"])

@@ -314,7 +314,7 @@ def test_ranks_by_energy_are_one_threshold():
         weighed = registry.get("recalkv").allocate(units, config(key_group_size=0, weighting=weighting), told)
         assert sum(weighed.values()) == 48
         assert weighed[units[0].name] > 40
-        assert told.asked == (16, 256, 0.0)
+        assert told.asked == (16, 512, 0.25)
 
 
 # Options ------------------------------------------------------------------------------------------------------------
@@ -522,17 +522,21 @@ def test_the_papers_preset():
     assert paper.streams == {"dense", "compressed"}
     assert ReCalKVConfig().streams == {"dense", "gradients"}
     assert ReCalKVConfig(ocmf="sequential", ocmf_for="both", weighting="none").streams == {"compressed"}
-    assert paper.recall == 0
+    assert paper.returning == 0
     assert ReCalKVConfig(ocmf="cross").streams == {"dense", "compressed", "cross", "gradients"}
 
 
 def test_passages_return_only_where_gradients_are_taken():
-    assert ReCalKVConfig.paper(recall=0.25).recall == 0.25
+    assert ReCalKVConfig.paper(recall=0.25).returning == 0.25
+    assert ReCalKVConfig().returning == 0.25
+    assert ReCalKVConfig(recall=0).returning == 0
     for options in ({"calibration": None}, {"weighting": "none"}):
+        assert ReCalKVConfig(**options).recall is None  # the default stands in nobody's way
+        assert ReCalKVConfig(recall=0.0, **options).recall == 0
         with pytest.raises(ValueError, match="recall is for gradients, and none are taken"):
             ReCalKVConfig(recall=0.25, **options)
     for recall in (-0.1, 0.91, math.nan, True, "0.25"):
-        with pytest.raises(ValueError, match=r"recall must be .*got"):
+        with pytest.raises(ValueError, match=r"recall must be None or from 0.0 to 0.9, got"):
             ReCalKVConfig(recall=recall)
 
 

@@ -49,7 +49,7 @@ def _allocate(projections: Sequence[Projection], options: ReCalKVConfig, measure
     names = [projection.name for projection in projections]
     gradients: dict[str, Any] = {}
     if options.rank_allocation == "fisher_uniform" or options.weighting != "none":
-        gradients = measures.gradients(names, options.gradient_samples, options.gradient_length, options.recall)
+        gradients = measures.gradients(names, options.gradient_samples, options.gradient_length, options.returning)
     if options.rank_allocation == "fisher_uniform":
         shares = [gradients[name].fisher for name in names]
     else:

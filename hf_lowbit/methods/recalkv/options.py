@@ -7,12 +7,19 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from hf_lowbit.config import CalibratedConfig, option, planned_for, planned_problems
+from hf_lowbit.config import CalibratedConfig, option, planned_for, planned_problems, shown
 from hf_lowbit.formats.low_rank import FACTOR_DTYPES
 from hf_lowbit.kernels.latent_codec import SINK_TOKENS
 from hf_lowbit.registry import Projection
 
 _LARGEST_WHOLE = 4  # heads that share one group of keys by default
+_RECALL = 0.25  # by default, where gradients are taken
+
+
+def _recall_problem(value: Any) -> str | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = value is None or (number and 0 <= value <= 0.9)
+    return None if fits else f"must be None or from 0.0 to 0.9, got {shown(value)}"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -22,9 +29,9 @@ class ReCalKVConfig(CalibratedConfig):
     ``ReCalKVConfig(ratio=0.5)`` keeps half of the numbers that the cache holds per token. Each key or value projection
     W becomes a down-projection, whose output is cached, and an up-projection, applied when a token attends. Factors
     and ranks, which share one budget, lose as little as possible of what the model's loss depends on. That takes one
-    backward pass over a few sequences, made block by block. With ``recall=0.25, gradient_length=512`` passages return
-    in these sequences: a small model then found again what stood far back in a long text, and without it hardly did,
-    at the same perplexity (``python -m benchmarks.kv.quality``). With ``calibration=None`` no data is used: plain
+    backward pass over a few sequences, made block by block. In the last quarter of each, passages from before it
+    return: a small model then found again what stood far back in a long text, and without it (``recall=0.0``) hardly
+    did, at the same perplexity (``python -m benchmarks.kv.quality``). With ``calibration=None`` no data is used: plain
     singular value decomposition with the same rank everywhere.
 
     ``ReCalKVConfig.paper(...)`` has the published choices, ``ReCalKVConfig(...)`` those that were best in
@@ -75,13 +82,12 @@ class ReCalKVConfig(CalibratedConfig):
     )
     min_rank: int = option(0, "least rank of a group; 0: rank_multiple", low=0, high=2**16)
     gradient_samples: int = option(16, "calibration sequences that gradients are taken of", low=1)
-    gradient_length: int = option(256, "tokens of each of them, at most sequence_length", low=2)
-    recall: float = option(
-        0.0,
-        "share of each of them, at its end, in which passages from before return: errors count that would keep the "
-        "model from finding again what stands far back; 0: text as it is",
-        low=0.0,
-        high=0.9,
+    gradient_length: int = option(512, "tokens of each of them, at most sequence_length", low=2)
+    recall: float | None = option(
+        None,
+        "share of each of them, at its end, from 0 to 0.9, in which passages from before return: errors count that "
+        f"would keep the model from finding again what stands far back; 0: text as it is; None: {_RECALL}",
+        check=_recall_problem,
     )
     ocmf: str = option(
         "off",
@@ -114,10 +120,10 @@ class ReCalKVConfig(CalibratedConfig):
     def paper(cls, **options: Any) -> ReCalKVConfig:
         """Return a config with the choices of the paper.
 
-        Key heads by similarity, values calibrated in sequence, ranks by gradients, all outputs alike.
+        Key heads by similarity, values calibrated in sequence, ranks by gradients of plain text, all outputs alike.
         """
         chosen = {"grouping": "cka", "ocmf": "sequential", "rank_allocation": "fisher_uniform", "weighting": "none"}
-        return cls(**{**chosen, **options})
+        return cls(**{**chosen, "recall": 0.0, **options})
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, empty if nothing is."""
@@ -152,6 +158,11 @@ class ReCalKVConfig(CalibratedConfig):
         if self.weighting != "none":
             found.add("gradients")
         return frozenset(found)
+
+    @property
+    def returning(self) -> float:
+        """Share of the sequences of gradients in which passages return: ``recall``, or its default."""
+        return _RECALL if self.recall is None else self.recall
 
     def fit_of(self, part: str) -> str:
         """Return how a projection is calibrated: "off", "sequential" or "cross"."""
