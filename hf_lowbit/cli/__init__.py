@@ -15,7 +15,24 @@ from typing import Annotated, Any
 import typer
 
 from hf_lowbit.cli import budget, sharing
-from hf_lowbit.cli.base import AsJson, Debug, Packed, app, command, require_model, show, show_json, show_tables
+from hf_lowbit.cli.base import (
+    AsJson,
+    BatchSize,
+    Debug,
+    Dense,
+    Packed,
+    Samples,
+    Seed,
+    SequenceLength,
+    Skip,
+    app,
+    calibration_fields,
+    command,
+    require_model,
+    show,
+    show_json,
+    show_tables,
+)
 from hf_lowbit.cli.budget import TargetBits, TargetBytes, show_plan, targets_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -40,7 +57,7 @@ def _root(
 
 @command()
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Dense model: a folder, or its name on the Hub.")],
+    model: Dense,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to be made.")],
     method: Annotated[str | None, typer.Option(help="Name of a method, see `hf-lowbit methods`.")] = None,
     option: Annotated[
@@ -51,9 +68,7 @@ def quantize(
     ] = None,
     target_bits: TargetBits = None,
     target_bytes: TargetBytes = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Modules to leave dense, such as '*.down_proj'.")
-    ] = None,
+    skip: Skip = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -61,10 +76,10 @@ def quantize(
             help="What to calibrate on: c4 or wikitext2 (need a network), a text file or folder, images, or none.",
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the calibration sample.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Calibration sequences per forward pass.")] = 4,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    seed: Seed = None,
+    batch_size: BatchSize = 4,
     dtype: Annotated[
         str, typer.Option(help="auto (as stored), float32, bfloat16 or float16: what is not packed.")
     ] = "auto",
@@ -98,10 +113,7 @@ def quantize(
     from hf_lowbit.config import RunOptions
     from hf_lowbit.hf.save import check_shard_size, check_target, save_model
 
-    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "calibration": calibration}
-    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if calibration == "none":
-        fields["calibration"] = None
+    fields = calibration_fields(calibration, samples, sequence_length, seed)
     journal = out.expanduser().resolve().with_name(f".{out.name}.run")
     on_plan = None if as_json else show_plan
     run = RunOptions(batch_size=batch_size, journal=journal, resume=resume, on_plan=on_plan)

@@ -25,6 +25,15 @@ app = typer.Typer(
 Debug = Annotated[bool, typer.Option("--debug", hidden=True, help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: sizes in bytes, shares and errors from 0 to 1.")]
 Packed = Annotated[str, typer.Argument(metavar="PATH", help="Folder of a model, or its name on the Hub.")]
+# Of the commands that run a compression.
+Dense = Annotated[str, typer.Argument(metavar="MODEL", help="Dense model: a folder, or its name on the Hub.")]
+Skip = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Modules to leave dense, such as '*.down_proj'.")
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration sequences.")]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens per calibration sequence.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the calibration sample.")]
+BatchSize = Annotated[int, typer.Option(help="Calibration sequences per forward pass.")]
 
 
 def command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -55,6 +64,17 @@ def require_model(name: str) -> None:
     """Refuse what is visibly neither a folder nor a name on the Hub; transformers' own message is a page."""
     if not Path(name).is_dir() and (Path(name).exists() or name.count("/") > 1 or name.startswith((".", "~"))):
         raise ValueError(f"{name}: no such folder, and not the name of a model on the Hub")
+
+
+def calibration_fields(
+    calibration: str | None, samples: int | None, sequence_length: int | None, seed: int | None
+) -> dict[str, Any]:
+    """Return what was given of the calibration, as a config calls it; data called "none" is None."""
+    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "calibration": calibration}
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if calibration == "none":
+        fields["calibration"] = None
+    return fields
 
 
 def show(text: str) -> None:

@@ -7,7 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_lowbit.cli.base import AsJson, Debug, command, require_model, show, show_json, show_tables
+from hf_lowbit.cli.base import (
+    AsJson,
+    BatchSize,
+    Debug,
+    Dense,
+    Samples,
+    Seed,
+    SequenceLength,
+    Skip,
+    calibration_fields,
+    command,
+    require_model,
+    show,
+    show_json,
+    show_tables,
+)
 
 TargetBits = Annotated[
     float | None,
@@ -39,24 +54,22 @@ def show_plan(plan: tuple[dict[str, Any], ...]) -> None:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Dense model: a folder, or its name on the Hub.")],
+    model: Dense,
     recipe: Annotated[
         Path | None,
         typer.Option(metavar="FILE.json", help="Recipe with candidates; without, integers of 2 to 8 bits."),
     ] = None,
     target_bits: TargetBits = None,
     target_bytes: TargetBytes = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Modules to leave dense, such as '*.down_proj'.")
-    ] = None,
+    skip: Skip = None,
     calibration: Annotated[
         str | None,
         typer.Option(metavar="NAME|FILE|FOLDER|none", help="Text to measure on; none: by the weights alone."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the calibration sample.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Calibration sequences per forward pass.")] = 4,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    seed: Seed = None,
+    batch_size: BatchSize = 4,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -73,10 +86,7 @@ def plan(
     from hf_lowbit.hf.auto import auto_class
     from hf_lowbit.recipe import LowBitRecipe
 
-    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "calibration": calibration}
-    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if calibration == "none":
-        fields["calibration"] = None
+    fields = calibration_fields(calibration, samples, sequence_length, seed)
     found: list[dict[str, Any]] = []
 
     def keep(rows: tuple[dict[str, Any], ...]) -> None:

@@ -212,9 +212,7 @@ class Team:
             Exception: ``failure``, in the process where it happened.
             TeamError: in the others.
         """
-        if self.size == 1:
-            if failure is not None:
-                raise failure
+        if self._is_alone(failure):
             return [value]
         said: dict[str, Any] = {"value": value} if failure is None else {"failure": _told(failure)}
         found = [json.loads(message) for message in self._collect(json.dumps(said).encode())]
@@ -233,9 +231,7 @@ class Team:
             Exception: ``failure``, in the process where it happened.
             TeamError: in the others.
         """
-        if self.size == 1:
-            if failure is not None:
-                raise failure
+        if self._is_alone(failure):
             return own
         found: dict[str, Result] = {}
         parts = [_read(message) for message in self._collect(_written(own, failure))]
@@ -248,6 +244,12 @@ class Team:
                     layer = layer_of(name, row["table"], tensors)
                     found[name] = layer, row["report"], tensors.get(f"{name}{_CHANGED}")
         return {name: found[name] for name in names}
+
+    def _is_alone(self, failure: Exception | None) -> bool:
+        """Return whether nobody has to be told, and raise what went wrong if so."""
+        if self.size == 1 and failure is not None:
+            raise failure
+        return self.size == 1
 
     def _raise_first(self, found: Sequence[Mapping[str, Any]], failure: Exception | None) -> None:
         """Raise what went wrong in the first process that says so."""

@@ -22,6 +22,7 @@ pruned like all others. A layer with N = M has no mask: it is ARB-X with all gro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,26 +62,19 @@ def quantize(
     groups, halves = _GROUPS[options.groups]
     parts = unpacked_parts(blocks, groups, halves)
     salient = 0 if parts["salient"] is None else len(parts["salient"])
-    pruned = parts["mask"] is not None
-    spec = BinarySpec(
-        out_features=weight.shape[0],
-        in_features=weight.shape[1],
-        block_size=options.block_size,
-        groups=groups,
-        salient=salient,
-        salient_groups=halves if salient else 0,
-        shift=True,
-        scale_dtype=options.scale_dtype,
-        keep_n=options.n_of(where) if pruned else 0,
-        keep_m=options.m if pruned else 0,
-    )
-    return BinaryFormat.pack(spec, **parts)
+    return BinaryFormat.pack(_spec(weight.shape, salient, options, where), **parts)
 
 
 def largest_spec(shape: tuple[int, int], options: PBS2PConfig, where: str) -> BinarySpec:
     """Return how a layer of shape (n, m) would be stored if every block had as many salient columns as it may."""
-    groups, halves = _GROUPS[options.groups]
+    halves = _GROUPS[options.groups][1]
     salient = most_salient(shape[1], options.block_size, options.max_salient_per_block) if halves else 0
+    return _spec(shape, salient, options, where)
+
+
+def _spec(shape: Sequence[int], salient: int, options: PBS2PConfig, where: str) -> BinarySpec:
+    """How a layer of shape (n, m) with this many salient columns is stored; with N = M there is no mask."""
+    groups, halves = _GROUPS[options.groups]
     n = options.n_of(where)
     return BinarySpec(
         out_features=shape[0],
