@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from hf_lowbit.compress.headers import TensorHeader, compare, packed_layer_spec,
 from hf_lowbit.config import LowBitConfig
 from hf_lowbit.errors import CheckpointError
 from hf_lowbit.experts import fused_name
-from hf_lowbit.formats import Format, Spec
+from hf_lowbit.formats import FORMATS, Format, Spec
 from hf_lowbit.recipe import rules_of
 
 FORMATS_SERVED = ("binary", "integer", "low_rank")
@@ -63,7 +65,10 @@ def stored_layers(stored_config: Mapping[str, Any]) -> dict[str, StoredLayer]:
         ValueError: it is no valid config, or something in it is not served: method, format, rounding or experts.
         CheckpointError: it is not the config of a finished model.
     """
-    config: LowBitConfig = LowBitConfig.from_dict(stored_config)
+    try:
+        config: LowBitConfig = LowBitConfig.from_dict(stored_config)
+    except ValueError as error:
+        raise ValueError(f"quantization_config in config.json: {error}") from error
     problems = _refused_methods(config)
     if not problems and not config.modules:
         raise CheckpointError(
@@ -72,7 +77,7 @@ def stored_layers(stored_config: Mapping[str, Any]) -> dict[str, StoredLayer]:
         )
     found = {}
     for name, row in (config.modules or {}).items():
-        if row["format"] not in FORMATS_SERVED:
+        if row["format"] in FORMATS and row["format"] not in FORMATS_SERVED:
             problems.append(f"{name}: format {row['format']!r} is not served, only {', '.join(FORMATS_SERVED)} are")
             continue
         format_type, spec = packed_layer_spec(name, row)
@@ -127,9 +132,9 @@ def weight_files(folder: str | Path) -> list[Path]:
     odd = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if odd or not names:
         raise CheckpointError(f"{index.name}: is damaged")
-    absent = [name for name in names if not (place / name).is_file()]
+    absent = [name for name in names if not os.path.isfile(place / name)]  # a Path's own refuses what is too long
     if absent:
-        raise CheckpointError(f"{index.name}: names {absent[0]}, which is not there")
+        raise CheckpointError(f"{index.name}: names {reprlib.repr(absent[0])}, which is not there")
     return [place / name for name in names]
 
 

@@ -77,10 +77,13 @@ def test_other_formats_and_experts_are_refused_by_name(served):
         ValueError, match=r"q_proj: format 'binary_conv' is not served, only binary, integer, low_rank"
     ):
         stored_layers(config)
+    config["modules"][LAYER] = {**row, "format": "octal"}
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj: unknown format 'octal'; known: "):
+        stored_layers(config)
     expert = "model.layers.0.mlp.experts.each_gate_up_proj.0"
     with pytest.raises(ValueError, match=rf"{re.escape(expert)}: experts of a mixture are not served"):
         stored_layers({**config, "modules": {expert: row}})
-    with pytest.raises(ValueError, match="unknown key 'sparks'"):
+    with pytest.raises(ValueError, match=r"^quantization_config in config\.json: .*unknown key 'sparks'"):
         stored_layers({**config_of(served), "sparks": 1})
     with pytest.raises(CheckpointError, match="lists no packed modules"):
         stored_layers({**config_of(served), "modules": None})
@@ -123,7 +126,14 @@ def _edit(folder):
         (lambda folder: (folder / SINGLE).write_bytes(b"x" * 64), "not a readable safetensors file"),
         (lambda folder: (folder / INDEX).write_text("{"), f"{INDEX}: is damaged"),
         (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "../b.safetensors"}}'), "is damaged"),
-        (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "b.safetensors"}}'), "which is not there"),
+        (
+            lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "b.safetensors"}}'),
+            "names 'b.safetensors', which",
+        ),
+        (
+            lambda folder: (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "b" * 5000}})),
+            "which is not there",
+        ),
     ],
 )
 def test_damage_is_named_before_a_weight_is_read(copy, damage, words):
