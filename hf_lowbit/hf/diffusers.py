@@ -37,6 +37,7 @@ from hf_lowbit.compress.headers import DTYPES, TensorHeader, packed_leaves, read
 from hf_lowbit.config import HfLowbitMethod, LowBitConfig
 from hf_lowbit.errors import CheckpointError, UnsupportedModelError
 from hf_lowbit.hf import quantcache
+from hf_lowbit.hf.fusing import offer_fusing, refuse_fused, withdraw_fusing
 from hf_lowbit.hf.packed import (
     build_skeleton,
     check_stored_config,
@@ -233,6 +234,7 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
         names = tuple(f"^{re.escape(name)}$" for name in packed_modules(model))
         model._skip_layerwise_casting_patterns = (*(type(model)._skip_layerwise_casting_patterns or ()), *names)
         offer_push(model)
+        offer_fusing(model)
         # here, since it loads diffusers' models, and that while diffusers may still be loading this module
         from hf_lowbit.hf.delta_gbs import follow_config
 
@@ -299,6 +301,7 @@ class LowBitDiffusersQuantizer(DiffusersQuantizer):
         disable_delta_gbs(model)
         dequantize_layers(model)
         withdraw_push(model)
+        withdraw_fusing(model)
         del model._skip_layerwise_casting_patterns, model.quantization_method
         config = {name: value for name, value in model.config.items() if name != "quantization_config"}
         model._internal_dict = FrozenDict(config)  # diffusers would leave the entry, and save it
@@ -417,6 +420,7 @@ def quantize(model: Any, config: LowBitConfig) -> RunReport:
     """Compress a diffusers model that is already in memory, in place; see :func:`hf_lowbit.quantize`."""
     _refuse_calibrated(config)
     _refuse_groups_on_disk(model)
+    refuse_fused(model)
     quantcache.check_config(model, config)
     finished, report = compress_model(model, config)
     model.hf_quantizer = LowBitDiffusersQuantizer(finished, pre_quantized=True)

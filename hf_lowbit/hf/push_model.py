@@ -19,15 +19,30 @@ if TYPE_CHECKING:
 _NAME = "push_to_hub"
 
 
-class PushToHub:
-    """``push_to_hub`` of one packed model; called like that of transformers or diffusers."""
+class OfModel:
+    """A function that one packed model carries in place of its class's own."""
 
     def __init__(self, model: Any) -> None:
         self._model = (lambda: None) if model is None else weakref.ref(model)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy along with the model: the copy belongs to the copied model."""
-        return PushToHub, (self._model(),)
+        return type(self), (self._model(),)
+
+    def model(self) -> Any:
+        """Return the model.
+
+        Raises:
+            ValueError: it is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise ValueError(f"the model that this {type(self).__name__} belongs to is gone")
+        return model
+
+
+class PushToHub(OfModel):
+    """``push_to_hub`` of one packed model; called like that of transformers or diffusers."""
 
     def __call__(
         self,
@@ -76,9 +91,7 @@ class PushToHub:
         """
         from hf_lowbit.hf.card import CardFields
 
-        model = self._model()
-        if model is None:
-            raise ValueError("the model that this push_to_hub belongs to is gone")
+        model = self.model()
         if getattr(model, "_hf_peft_config_loaded", False):
             return type(model).push_to_hub(
                 model,

@@ -1,5 +1,6 @@
 """What is refused in diffusers, by which words: what cannot work, damage, programs without registration."""
 
+import copy
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from hf_lowbit import (
     CheckpointError,
     LowBitConfig,
     LowBitRecipe,
+    packed_modules,
 )
 from hf_lowbit.compress.checksums import metadata_of
 from tests.hf.test_transformers import edit_config, quick
@@ -53,6 +55,38 @@ def test_calibrated_methods_are_refused_before_work(dense_path, tmp_path):
 def test_a_pipeline_is_not_compressed_as_a_whole():
     with pytest.raises(TypeError, match=r"got LTXPipeline; of a pipeline, pass one of its models"):
         hf_lowbit.quantize(tiny_pipeline(), free())
+
+
+def test_packed_projections_are_not_fused():
+    model = tiny_video()
+    hf_lowbit.quantize(model, free())
+    before = set(model.state_dict())
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=r"fuse_qkv_projections: queries, keys and values of 2 attention modules"):
+            one.fuse_qkv_projections()
+        assert set(one.state_dict()) == before
+    model.dequantize()
+    before = set(model.state_dict())
+    model.fuse_qkv_projections()
+    assert set(model.state_dict()) > before
+
+
+def test_dense_projections_of_a_packed_model_are_fused():
+    model = tiny_video()
+    hf_lowbit.quantize(model, free(skip=["attn1", "attn2"]))
+    before = set(model.state_dict())
+    model.fuse_qkv_projections()
+    assert set(model.state_dict()) > before
+
+
+def test_a_model_with_fused_projections_is_not_compressed():
+    model = tiny_video()
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"attn1: its projections are fused.*unfuse_qkv_projections"):
+        hf_lowbit.quantize(model, free())
+    assert not packed_modules(model)
+    model.unfuse_qkv_projections()
+    hf_lowbit.quantize(model, free())
 
 
 def test_dense_weights_that_cannot_be_compressed_are_named(tmp_path):
