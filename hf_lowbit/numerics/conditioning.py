@@ -11,8 +11,9 @@ t                   strength of the proximal step; one value serves all layers, 
 𝒢                   what the proximal step lowers, see :func:`compact`
 ==================  =======================================================================================
 
-Minimised is ``½ ‖(W - W0) G^½‖² + t L 𝒢(W)``. The proximal step is the exact global minimizer of its own objective,
-so the sum never rises with step size 1/L, although 𝒢 is not convex in W.
+Minimised is ``½ ‖(W - W0) G^½‖² + t L 𝒢(W)``. The proximal step of "variance" is the exact global minimizer of its own
+objective, so the sum never rises with step size 1/L, although 𝒢 is not convex in W. That of "top" is one only where
+nothing is tied, and "clip" is a projection without an 𝒢.
 
 Source: CondiQuant (arXiv 2502.15478), section on condition number optimization.
 Differs: the abstract, the figures and the reviews are public, the formula of 𝒢 and the step sizes are not; "variance"

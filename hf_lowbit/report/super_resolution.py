@@ -83,11 +83,11 @@ def evaluate_images(
         model = auto_class(place).from_pretrained(place).eval()
         scale = _scale(model, name)
         scales.add(scale)
+        if len(scales) > 1:
+            raise ValueError(f"the two models make images larger by different scales: {sorted(scales)}")
         _refuse_small(images, scale)
         size = {"bytes": checkpoint.total_bytes, "bits_per_parameter": bits_per_parameter(checkpoint)}
         rows[name] = {**score(model, images, scale), **size}
-    if len(scales) > 1:
-        raise ValueError(f"the two models make images larger by different scales: {sorted(scales)}")
     ratios = {names[0]: _ratios(rows[names[0]], rows[names[1]])} if against is not None else {}
     rows[BICUBIC] = {**score(None, images, scales.pop()), "bytes": None, "bits_per_parameter": None}
     return {

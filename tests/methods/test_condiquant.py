@@ -449,6 +449,11 @@ def test_without_images_what_needs_them_is_refused(options, wanted):
     assert wanted in str(caught.value)
 
 
+def test_clipping_has_no_strengths_to_try():
+    assert CondiQuantConfig(regularizer="clip").strengths == (0.0,)
+    assert len(CondiQuantConfig(regularizer="top").strengths) > 1
+
+
 def test_without_images_what_needs_none_works():
     model, dense, images = tiny_model(), tiny_model(), photos(1, 16)
     hf_lowbit.quantize(

@@ -88,6 +88,8 @@ class CondiQuantConfig(ImageConfig):
     @property
     def strengths(self) -> tuple[float, ...]:
         """Values of t that are tried on each layer."""
+        if self.regularizer == "clip":  # it has none, so there is nothing to choose
+            return (0.0,)
         return STRENGTHS if self.cond_strength == AUTO else (float(self.cond_strength),)
 
     @property
@@ -114,7 +116,8 @@ class CondiQuantConfig(ImageConfig):
         if self.act_mode == "static":
             wanted.append("act_mode='static' (use 'dynamic' or 'none')")
         if self.conditions:
-            wanted.append(f"cond_strength={self.cond_strength!r} (use 0)")
+            clips = "regularizer='clip' (use 'variance' and cond_strength=0)"
+            wanted.append(clips if self.regularizer == "clip" else f"cond_strength={self.cond_strength!r} (use 0)")
         if self.refine != "none":
             wanted.append(f"refine={self.refine!r} (use 'none')")
         if not wanted:
