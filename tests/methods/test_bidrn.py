@@ -20,8 +20,9 @@ from hf_lowbit.methods.bidrn import (
     UpSample,
 )
 from hf_lowbit.methods.bidrn.algorithm import binarize_weight, folded, sign_activation
+from hf_lowbit.methods.bidrn.blocks import change_dimensions
 from hf_lowbit.methods.bidrn.count import count
-from hf_lowbit.methods.bidrn.modules import BinaryUnit, change_dimensions
+from hf_lowbit.methods.bidrn.modules import BinaryUnit
 from hf_lowbit.methods.bidrn.network import BodyMeshNet, Sizes, Style, crop, sample, soft_argmax
 from hf_lowbit.numerics.shape_adapter import adapt_channels, adapt_shape
 from tests.digits import accuracies

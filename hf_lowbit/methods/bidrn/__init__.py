@@ -5,17 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hf_lowbit.formats import BinaryConvFormat
-from hf_lowbit.methods.bidrn.modules import (
-    BiDRB,
-    BinaryConv2d,
-    BinaryConvTranspose2d,
-    BinaryUnit,
-    DownSample,
-    DownScale,
-    FusionDecrease,
-    FusionIncrease,
-    UpSample,
-)
+from hf_lowbit.methods.bidrn.blocks import BiDRB, DownSample, DownScale, FusionDecrease, FusionIncrease, UpSample
+from hf_lowbit.methods.bidrn.modules import BinaryConv2d, BinaryConvTranspose2d, BinaryUnit
 from hf_lowbit.methods.bidrn.options import PLAIN, BiDRNConfig, UnitOptions
 from hf_lowbit.registry import Method, register
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample, max_pool2d, softmax
 
-from hf_lowbit.methods.bidrn.modules import BiDRB, BinaryConvTranspose2d, UpSample, block_shapes, projection
+from hf_lowbit.methods.bidrn.blocks import BiDRB, UpSample, block_shapes, projection
+from hf_lowbit.methods.bidrn.modules import BinaryConvTranspose2d
 from hf_lowbit.methods.bidrn.options import UnitOptions
 
 LAYERS = {18: ("basic", (2, 2, 2, 2)), 50: ("bottleneck", (3, 4, 6, 3))}
