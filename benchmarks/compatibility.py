@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import dis
 import logging
 import sys
 import tempfile
@@ -193,10 +194,13 @@ def attempt(methods: tuple[str, ...], host: Host) -> str | None:
         None if they work, else the sentence with which the package refuses.
 
     Raises:
-        RuntimeError: they seem to work, but a method holds nothing, or the loaded model differs.
+        RuntimeError: they seem to work, but a method holds nothing, or the loaded model differs; or a refusal came too
+            late, when the model had been changed.
+        Exception: any other that the package did not raise itself.
     """
     torch.manual_seed(0)
     model = host.build().eval()
+    before = _state(model)
     try:
         if registry.get(methods[0]).unit == "pipeline" and len(methods) == 1:
             hf_lowbit.apply_quantcache(model, config_of(methods[0], host))
@@ -210,8 +214,29 @@ def attempt(methods: tuple[str, ...], host: Host) -> str | None:
         else:
             hf_lowbit.quantize(model, recipe_of(methods, host))
     except (ValueError, TypeError, NotImplementedError, HfLowbitError) as error:
+        if not raised_by_package(error):
+            raise
+        if _state(model) != before:
+            raise RuntimeError(f"{' and '.join(methods)} in a {host.name}: refused after work was done") from error
         return str(error)
     return _kept(methods, host, model)
+
+
+def raised_by_package(error: BaseException) -> bool:
+    """Return whether a ``raise`` of the package is where an error comes from, and no slip in it or below it."""
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    if step is None or step.tb_frame.f_globals["__name__"].split(".")[0] != hf_lowbit.__name__:
+        return False
+    last = next(each for each in dis.get_instructions(step.tb_frame.f_code) if each.offset == step.tb_lasti)
+    return last.opname == "RAISE_VARARGS"
+
+
+def _state(model: Any) -> dict[str, Any]:
+    """Classes of the modules, and the bytes of all tensors, of a tiny model."""
+    tensors = {name: value.detach().cpu().numpy().tobytes() for name, value in model.state_dict().items()}
+    return {**{f"{name}.": type(module) for name, module in model.named_modules()}, **tensors}
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The table of what works together: as full as the registry, and what it says is what happens."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -78,6 +79,41 @@ def test_a_model_that_comes_back_different_is_no_success(monkeypatch):
     host = compatibility.dataclasses.replace(HOSTS[0], run=lambda model: torch.tensor(next(calls)))
     with pytest.raises(RuntimeError, match="the loaded model differs"):
         attempt(("arb",), host)
+
+
+def refuses(model, config):
+    model.lm_head = torch.nn.Identity()
+    raise ValueError("no")
+
+
+def as_of_the_package(function):
+    """Return a function as if it were defined in a module of the package."""
+    return types.FunctionType(function.__code__, {**globals(), "__name__": "hf_lowbit.somewhere"}, function.__name__)
+
+
+@pytest.mark.parametrize(
+    "slip", [lambda *_: len(None), lambda *_: int("x"), lambda *_: json.loads("x"), lambda *_: torch.zeros(2, "x")]
+)
+def test_an_error_that_the_package_does_not_raise_is_no_refusal(monkeypatch, slip):
+    """Slips are TypeError and ValueError as well, in the package itself and in what it calls."""
+    monkeypatch.setattr(compatibility.hf_lowbit, "quantize", as_of_the_package(slip))
+    with pytest.raises((TypeError, ValueError)):
+        attempt(("arb",), HOSTS[0])
+
+
+def test_a_refusal_after_work_was_done_is_none(monkeypatch):
+    monkeypatch.setattr(compatibility.hf_lowbit, "quantize", as_of_the_package(refuses))
+    with pytest.raises(RuntimeError, match="arb in a language model: refused after work was done"):
+        attempt(("arb",), HOSTS[0])
+
+
+def test_a_refusal_is_what_the_package_raises(monkeypatch):
+    monkeypatch.setattr(compatibility, "_state", lambda model: 0)
+    monkeypatch.setattr(compatibility.hf_lowbit, "quantize", as_of_the_package(refuses))
+    assert attempt(("arb",), HOSTS[0]) == "no"
+    monkeypatch.setattr(compatibility.hf_lowbit, "quantize", refuses)
+    with pytest.raises(ValueError, match="no"):
+        attempt(("arb",), HOSTS[0])
 
 
 def test_the_page_shows_sentences_as_they_are(monkeypatch):
