@@ -136,6 +136,7 @@ HEAD_RUNS: dict[str, dict[str, Any]] = {
         "recall": 0.0,
     },
     "default, `recall=0`, values in sequence": {"ocmf": "sequential", "recall": 0.0},
+    "default, values crossed": {"ocmf": "cross"},
 }
 # variant -> options, and pairs of bits and whether latents are rotated
 LATENTS: dict[str, tuple[dict[str, Any], tuple[tuple[int, bool], ...]]] = {

@@ -94,19 +94,17 @@ def regress(
         cross: (m, m), Σ x x'ᵀ over the same tokens.
         second_moment: (m, m), G' = Σ x' x'ᵀ.
         rank: r, from 1 to min(n, m).
-        damping: share of the mean diagonal of G' that is added to it.
+        damping: see :func:`toward_dense`.
 
     Returns:
         U (n, r) with orthonormal columns and V (r, m) that minimise ``Σ ‖W x - U V x'‖²``, up to the damping.
 
     Source: reduced-rank regression (Izenman, 1975): the full regression ``M = W Σ x x'ᵀ (G')⁻¹``, truncated in the
     metric of G'.
+    Differs: the damping draws M towards W, not towards zero. Tokens that calibration did not meet have inputs in
+    directions that x' hardly has, and a zero there would take their outputs away.
     """
-    damped = second_moment + damping * second_moment.diagonal().mean() * torch.eye(len(second_moment)).to(
-        second_moment
-    )
-    full = _solve(damped, (weight @ cross).T).T
-    return truncate(full, second_moment, rank)
+    return truncate(toward_dense(weight, second_moment, cross, 1.0, damping), second_moment, rank)
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:

@@ -111,6 +111,16 @@ def test_crossed_calibration_is_the_best_there_is(layer):
     assert not torch.allclose(damped[0] @ damped[1], product.detach())
 
 
+def test_crossed_calibration_leaves_what_it_did_not_see(layer):
+    """Inputs that calibration lacks come to tokens that it did not meet: there the weight stays as it was."""
+    weight, x, drifted = layer
+    unseen = torch.linalg.qr(torch.randn(COLUMNS, COLUMNS, dtype=torch.float64)).Q[:, :5]
+    x, drifted = (inputs - inputs @ unseen @ unseen.T for inputs in (x, drifted))
+    up, down = low_rank.regress(weight, x.T @ drifted, drifted.T @ drifted, len(weight), damping=1e-6)
+    assert torch.allclose(up @ down @ unseen, weight @ unseen, atol=1e-8)
+    assert not torch.allclose(up @ down, weight, atol=1e-3)
+
+
 # Groups -------------------------------------------------------------------------------------------------------------
 
 

@@ -97,7 +97,10 @@ class ReCalKVConfig(CalibratedConfig):
     )
     ocmf_for: str = option("values", "which projections ocmf is for", choices=("values", "both"))
     damping: float = option(
-        1e-6, "share of the mean diagonal added to the second moment, for ocmf=cross", low=0.0, high=1.0
+        1e-6,
+        "for ocmf=cross: how much energy inputs need, as a share of the mean, for a weight to be changed along them",
+        low=0.0,
+        high=1.0,
     )
     latent_bits: int = option(16, "bits of a cached number; 16: as the model computes", choices=(16, 8, 4, 3))
     rotation: bool = option(
