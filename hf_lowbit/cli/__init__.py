@@ -358,11 +358,12 @@ def adapter(
 
     hf-lowbit adapter model-low-rank org/model adapter --rank 16 --data notes.txt
     """
-    from hf_lowbit.hf.adapter import dense_weights, save_remainder
+    from hf_lowbit.hf.adapter import check_adapter_target, dense_weights, save_remainder
     from hf_lowbit.hf.auto import auto_class, load_tokenizer
     from hf_lowbit.report.evaluate import heldout_tokens
     from hf_lowbit.report.tables import error_text, mean
 
+    check_adapter_target(out)
     tokens = None if data is None else heldout_tokens(data, load_tokenizer(path), samples, sequence_length)
     model: Any = auto_class(path).from_pretrained(path)
     left = save_remainder(model, dense_weights(dense, model.base_model_prefix), out, rank, tokens)

@@ -59,6 +59,23 @@ def dense_weights(name: str | Path, prefix: str = "") -> CheckpointSource:
     return CheckpointSource(files, prefix)
 
 
+def check_adapter_target(path: str | Path) -> None:
+    """Say now whether an adapter can be written to ``path``, rather than after the models were loaded.
+
+    Args:
+        path: folder to be made, and those above it; an empty one may exist.
+
+    Raises:
+        ValueError: it is not empty or cannot be made.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{path}: exists and is not empty; choose another folder")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"{path}: cannot be made, since {above} is no folder")
+
+
 def save_remainder(
     model: Any, dense: CheckpointSource, path: str | Path, rank: int = 16, tokens: Tensor | None = None
 ) -> dict[str, float]:
@@ -85,11 +102,7 @@ def save_remainder(
         raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
     if not layers:
         raise ValueError(f"{type(model).__name__} has no packed layers, so nothing was left out")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{path}: exists and is not empty; choose another folder")
-    above = next(folder for folder in target.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise ValueError(f"{path}: cannot be made, since {above} is no folder")
+    check_adapter_target(path)
     if tokens is not None:
         _check_tokens(tokens, model.get_input_embeddings().weight.shape[0])
     missing = [name for name in layers if dense.locate(f"{name}.weight") is None]

@@ -79,6 +79,12 @@ def check_target(path: str | Path, overwrite: bool = False) -> Path:
     return target
 
 
+def _make_above(target: Path) -> None:
+    """Make the folders above a target, unless a file is in the way, of which :func:`check_target` tells."""
+    if not target.parent.exists() and next(folder for folder in target.parents if folder.exists()).is_dir():
+        target.parent.mkdir(parents=True)
+
+
 def check_shard_size(size: int | str) -> None:
     """Refuse a shard size that transformers would refuse after the long work.
 
@@ -105,7 +111,8 @@ def save_model(
 
     Args:
         model: of transformers, or one of diffusers (not a pipeline), compressed or not.
-        path: the folder, see :func:`check_target`.
+        path: the folder, see :func:`check_target`; folders above it are made, since a model in memory, maybe of long
+            work, should not be lost for one.
         tokenizer: saved beside the model, unless None.
         rows: of the compression run (``RunReport.rows``), written to :data:`REPORT_FILE`, unless None.
         overwrite: replace a saved model; the old one is removed when the new one is in place.
@@ -118,8 +125,9 @@ def save_model(
     Raises:
         ValueError, OSError: as :func:`check_target` and :func:`check_shard_size`; nothing has changed then.
     """
-    target = check_target(path, overwrite)
     check_shard_size(max_shard_size)
+    _make_above(Path(path).expanduser().resolve())
+    target = check_target(path, overwrite)
     partial, lock = _partial_folder(target)
     try:
         model.save_pretrained(partial, max_shard_size=max_shard_size)

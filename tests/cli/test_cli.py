@@ -345,3 +345,9 @@ def test_what_was_left_out_becomes_an_adapter(dense: Path, packed: Path, text: P
     result = run("adapter", packed, dense, tmp_path / "weights")
     assert result.exit_code == 2
     assert "exists and is not empty" in result.output
+
+
+def test_a_folder_for_an_adapter_is_looked_at_before_any_model(packed: Path, tmp_path: Path) -> None:
+    taken = run("adapter", tmp_path / "absent", tmp_path / "absent", packed)
+    assert taken.exit_code == 2
+    assert f"error: {packed}: exists and is not empty; choose another folder" in taken.output

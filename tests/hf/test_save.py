@@ -207,6 +207,19 @@ def test_targets_that_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         check_target(tmp_path / "model")
 
 
+def test_a_model_in_memory_is_not_lost_for_a_missing_folder(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    assert (save_model(model, tmp_path / "absent" / "also" / "model") / "config.json").is_file()
+    file = tmp_path / "file"
+    file.write_text("text")
+    for target, message in ((file, "is a file"), (file / "below", "above it is a file"), (file / "a" / "b", "exist")):
+        with pytest.raises((ValueError, OSError), match=message):
+            save_model(model, target)
+    with pytest.raises(ValueError, match="max_shard_size"):
+        save_model(model, tmp_path / "other" / "model", max_shard_size="5")
+    assert {path.name for path in tmp_path.iterdir()} == {"absent", "file"}
+    assert file.read_text() == "text"
+
+
 def test_shard_sizes() -> None:
     for size in ("5GB", "1.5 MB", "200kb", 10_000):
         check_shard_size(size)
