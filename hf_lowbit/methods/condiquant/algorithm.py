@@ -180,7 +180,8 @@ def fit(weight: Tensor, stats: Any, options: CondiQuantConfig, where: str, trace
         CalibrationError: static grids without a sample of the inputs.
 
     Source: CondiQuant, "proximal gradient descent, followed by standard 2DQuant"; DOBI for all grids.
-    Differs: the paper's t is not public; "auto" takes the one with the least total error on a sample of rows.
+    Differs: the paper's t is not public; "auto" takes the one with the least total error on a sample of rows, or the
+    largest whose error is little above it (``cond_slack``).
     """
     original = weight.detach().float()
     if not bool(torch.isfinite(original).all()):
@@ -196,18 +197,16 @@ def fit(weight: Tensor, stats: Any, options: CondiQuantConfig, where: str, trace
     products = None
     if inputs is not None and wanted is not None and options.bound_search == "output":
         products = Products((inputs.T @ inputs).double(), (wanted.T @ inputs).double())
-    best: tuple[float, float, Tensor, Tensor, Tensor] | None = None
+    found: list[tuple[float, float, Tensor, Tensor, Tensor]] = []
     for strength in candidates:
         changed = _conditioned_or_kept(original, moment, strength, parts, options, where)
         codes, bounds, values = rounded(changed, parts, options, products)
         error = 0.0
         if inputs is not None and wanted is not None:
             error = float((inputs @ values.T - wanted).norm() / wanted.norm().clamp(min=1e-30))
-        if best is None or error < best[0]:
-            best = (error, strength, changed, codes, bounds)
-    if best is None:
-        raise AssertionError("at least one strength is tried")
-    error, strength, changed, codes, bounds = best
+        found.append((error, strength, changed, codes, bounds))
+    limit = (1 + options.slack) * min(error for error, *_ in found)
+    error, strength, changed, codes, bounds = max((one for one in found if one[0] <= limit), key=lambda one: one[1])
     if moment is not None:
         trace.append(
             {

@@ -14,6 +14,9 @@ from hf_lowbit.numerics.conditioning import REGULARIZERS
 STRENGTHS = (0.0, 0.003, 0.01, 0.03, 0.06)
 _STRENGTHS_SHOWN = ", ".join(f"{t:g}" for t in STRENGTHS)
 AUTO = "auto"
+# At few bits a layer's own error says less of the image than how far it carries the errors of the layers before it,
+# and the larger strengths keep those small.
+_SLACK, _FEW_BITS = 0.1, 3
 BITS = (2, 3, 4, 8)
 
 
@@ -22,6 +25,12 @@ def _strength_problem(value: Any) -> str | None:
     if value == AUTO or (number and 0 <= value <= 10):
         return None
     return f"must be 'auto' or a number from 0 to 10, got {shown(value)}"
+
+
+def _slack_problem(value: Any) -> str | None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = value is None or (number and 0 <= value <= 10)
+    return None if fits else f"must be None or a number from 0 to 10, got {shown(value)}"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -51,8 +60,14 @@ class CondiQuantConfig(ImageConfig):
     cond_strength: str | float = option(
         AUTO,
         "strength t of the proximal step, a number from 0 to 10; 0: weights stay as they are; auto: of "
-        f"{_STRENGTHS_SHOWN} the one whose quantized outputs are best, for each layer",
+        f"{_STRENGTHS_SHOWN} the one whose quantized outputs are best, for each layer, see cond_slack",
         check=_strength_problem,
+    )
+    cond_slack: float | None = option(
+        None,
+        "auto takes the largest strength whose error is at most this share above the least; None: "
+        f"{_SLACK:g} if weights and activations have at most {_FEW_BITS} bits, else 0",
+        check=_slack_problem,
     )
     cond_steps: int = option(30, "steps of proximal gradient descent (K)", low=1, high=10_000)
     regularizer: str = option(
@@ -91,6 +106,13 @@ class CondiQuantConfig(ImageConfig):
         if self.regularizer == "clip":  # it has none, so there is nothing to choose
             return (0.0,)
         return STRENGTHS if self.cond_strength == AUTO else (float(self.cond_strength),)
+
+    @property
+    def slack(self) -> float:
+        """How much more error than the least, as a share of it, a larger strength may bring."""
+        if self.cond_slack is not None:
+            return float(self.cond_slack)
+        return _SLACK if max(self.weight_bits, self.act_bits) <= _FEW_BITS else 0.0
 
     @property
     def conditions(self) -> bool:
