@@ -6,6 +6,7 @@
     python -m benchmarks.equal_bytes rows                # compress, save, load, perplexity; resumes after the last row
     python -m benchmarks.equal_bytes rows --only hqq-2-64
     python -m benchmarks.equal_bytes speed               # decoding, all rows in turn, one thread
+    python -m benchmarks.equal_bytes plot                # perplexity over bits of what is measured so far
     python -m benchmarks.report                          # renders the table
 
 Bytes are those of the linear layers in the decoder blocks, everything that is stored for them counted; embeddings,
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import assets
+from benchmarks import report_equal_bytes
 from benchmarks.common import RESULTS, calibration_sequences, heldout_sequences, read_results, write_result
 from hf_lowbit import (
     AdaSVDConfig,
@@ -264,7 +266,7 @@ def speed(keep: Path, only: list[str], new_tokens: int) -> None:
 def main() -> None:
     """Parse arguments, do one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("errors", "rows", "speed"))
+    parser.add_argument("part", choices=("errors", "rows", "speed", "plot"))
     parser.add_argument("--only", nargs="+", default=[], help="rows, by name")
     parser.add_argument("--keep", type=Path, default=Path("outputs/equal_bytes"), help="where compressed models go")
     parser.add_argument("--new-tokens", type=int, default=16)
@@ -273,6 +275,8 @@ def main() -> None:
         measure_errors(text())
     elif arguments.part == "rows":
         rows(arguments.only, arguments.keep)
+    elif arguments.part == "plot":
+        report_equal_bytes.plot()
     else:
         speed(arguments.keep, arguments.only, arguments.new_tokens)
 

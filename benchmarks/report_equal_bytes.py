@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from benchmarks.common import read_results
+from benchmarks.common import ROOT, read_results
 from benchmarks.tables import number, table
 
 FOLDER = "equal_bytes"
 BUDGETS = (2.0, 2.5, 3.0, 4.0, 5.0)
+PLOT = ROOT / "benchmarks" / "figures" / "equal_bytes.svg"
+WORST_DRAWN = 1000  # perplexity; what is above stands in the table only
 NAMES = {
     "integer-2-64": "integers, 2 bits, groups of 64 (`DVDQuantConfig`, calibrated)",
     "integer-2-32": "integers, 2 bits, groups of 32 (`DVDQuantConfig`, calibrated)",
@@ -127,7 +130,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def winners() -> str:
     """Return for each budget what has the least perplexity, and what of the other kinds comes next."""
     rows, lines = found_rows(), []
-    for budget in (2.0, 2.5, 3.0):
+    for budget in BUDGETS[:4]:
         own = sorted((row for row in rows if row["bits"] <= budget), key=lambda row: row["perplexity"])
         kinds = {
             kind: next((row for row in own if row["family"] == kind), None) for kind in ("recipe", "method", "peer")
@@ -160,6 +163,42 @@ def setup() -> str:
         return "Not measured yet."
     environment = one["environment"]
     return f"{environment['cpu']}, torch {environment['packages']['torch']}; {', '.join(packages)}."
+
+
+def plot(path: Path = PLOT) -> None:
+    """Draw perplexity over bits per weight: recipes, single methods, other libraries; the dense model is a line."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    results = read_results(FOLDER)
+    drawn = [row for row in found_rows() if row["bits"] <= BUDGETS[-1] and row["perplexity"] <= WORST_DRAWN]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for family, label, marker in (
+        ("recipe", "hf_lowbit, chosen by a budget", "o-"),
+        ("method", "hf_lowbit, one method", "s"),
+        ("peer", "other libraries", "^"),
+    ):
+        own = sorted((row["bits"], row["perplexity"]) for row in drawn if row["family"] == family)
+        axes.semilogy(*zip(*own, strict=True), marker, label=label)
+    for row in drawn:
+        if row["family"] != "recipe":
+            label = row["name"].split(",")[0].split(" of ")[0].split(" without ")[0]
+            place = row["bits"], row["perplexity"]
+            axes.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.axhline(results["dense"]["perplexity"], linestyle=":", color="gray", label="dense bfloat16")
+    ticks = (20, 50, 100, 200, 500, 1000)
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.set(
+        ylim=(15, 1500),
+        xlabel="bits per weight of the linear layers, everything stored counted",
+        ylabel="perplexity, held-out articles",
+        title="SmolLM2-135M-Instruct at equal bytes",
+    )
+    axes.minorticks_off()
+    axes.legend()
+    with matplotlib.rc_context({"svg.hashsalt": FOLDER}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 TABLES = {
