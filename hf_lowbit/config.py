@@ -138,7 +138,9 @@ def _option_problem(name: str, value: Any, default: Any, rules: Mapping[str, Any
         return f"{name} {problem}" if problem else None
     if rules["choices"] is not None:
         allowed = ", ".join(map(repr, rules["choices"]))
-        return None if value in rules["choices"] else f"{name} must be one of {allowed}, got {shown(value)}"
+        # 4.0 equals 4, and True equals 1, but neither counts bits
+        fits = any(type(value) is type(choice) and value == choice for choice in rules["choices"])
+        return None if fits else f"{name} must be one of {allowed}, got {shown(value)}"
     want = type(default)
     if type(value) is not want and not (want is float and type(value) is int):
         return f"{name} must be of type {want.__name__}, got {shown(value)}"

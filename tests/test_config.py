@@ -10,7 +10,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_lowbit import ARBConfig, CalibrationRecord, LowBitConfig, LowBitRecipe, RunOptions, registry
+from hf_lowbit import (
+    ARBConfig,
+    CalibrationRecord,
+    CondiQuantConfig,
+    DVDQuantConfig,
+    LowBitConfig,
+    LowBitRecipe,
+    ReCalKVConfig,
+    RunOptions,
+    registry,
+)
 from hf_lowbit.config import CalibratedConfig
 from hf_lowbit.recipe import matches, rules_of
 
@@ -86,6 +96,17 @@ def test_ranges(key, good, bad):
     for value in bad:
         with pytest.raises(ValueError, match=rf"^ARBConfig: (.*; )?{key}\b"):
             ARBConfig(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "good"),
+    [(CondiQuantConfig, "weight_bits", 4), (DVDQuantConfig, "w_bits", 2), (ReCalKVConfig, "latent_bits", 16)],
+)
+def test_what_equals_a_choice_is_none(config, key, good):
+    assert getattr(config(**{key: good}), key) == good
+    for value in (4.0, True, "4"):
+        with pytest.raises(ValueError, match=rf"{key} must be .*got {value!r}"):
+            config(**{key: value})
 
 
 def test_a_seed_that_no_generator_takes_is_refused():
