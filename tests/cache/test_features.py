@@ -35,18 +35,30 @@ def pair(family):
     return dense, compress(dense, grouped=True, rotated=True)
 
 
-@pytest.fixture(scope="module")
-def real_pair(smollm2_path):
-    """The first four layers of a real model with 2000 of its words, its latent twin, and a prompt of real text."""
-    dense = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()
-    dense.model.layers = dense.model.layers[:4]
-    dense.config.num_hidden_layers = 4
+def real_model(path):
+    """A real model and a prompt of real text."""
     text = [
         "The lighthouse keeper climbed the stairs every evening to light",
         "Metals that do not rust: gold, silver,",
     ]
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     prompt = torch.tensor([tokenizer(line)["input_ids"][:9] for line in text])
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), prompt
+
+
+@pytest.fixture(scope="module")
+def whole_pair(smollm2_path):
+    """All thirty layers of a real model, and its latent twin."""
+    dense, prompt = real_model(smollm2_path)
+    return dense, compress(dense), prompt
+
+
+@pytest.fixture(scope="module")
+def real_pair(smollm2_path):
+    """The first four layers of a real model with 2000 of its words, its latent twin, and a prompt of real text."""
+    dense, prompt = real_model(smollm2_path)
+    dense.model.layers = dense.model.layers[:4]
+    dense.config.num_hidden_layers = 4
     words = torch.cat([prompt.flatten(), torch.arange(2000)]).unique()
     dense.model.embed_tokens.weight = torch.nn.Parameter(dense.model.embed_tokens.weight[words])
     dense.lm_head.weight = dense.model.embed_tokens.weight
@@ -84,6 +96,13 @@ def test_every_family_in_every_use(family, use):
 @pytest.mark.parametrize("use", FEATURES)
 def test_real_weights_in_every_use(real_pair, use):
     assert_same(FEATURES[use], *real_pair)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("use", FEATURES)
+def test_a_whole_real_model_in_every_use(whole_pair, use):
+    assert_same(FEATURES[use], *whole_pair)
 
 
 @pytest.mark.slow  # trains for minutes where the model is not there yet
