@@ -114,4 +114,6 @@ def weight_problems(name: str, weight: Tensor, shape: tuple[int, ...]) -> list[s
     """Return what is wrong with a dense weight, empty if nothing is."""
     if tuple(weight.shape) != shape:
         return [f"{name}: weight has shape {tuple(weight.shape)}, the model's layer {shape}"]
+    if weight.dtype.itemsize == 1:  # float8 and integers: rounded by another program, maybe with scales of its own
+        return [f"{name}: weight is {weight.dtype}, not a dense one; load the model in bfloat16, float16 or float32"]
     return [] if bool(torch.isfinite(weight).all()) else [f"{name}: weight holds NaN or infinity"]

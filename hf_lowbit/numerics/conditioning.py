@@ -110,6 +110,8 @@ def condition(
     """
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"conditioning is computed in float32 or float64, got {dtype}")
+    if not weight.is_floating_point():
+        raise ValueError(f"the weight must be floating, got {weight.dtype}")
     if weight.dim() != 2 or moment.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"a weight {tuple(weight.shape)} does not fit a second moment {tuple(moment.shape)}")
     if steps < 1:

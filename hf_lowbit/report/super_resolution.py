@@ -33,8 +33,11 @@ def score(model: Any, images: Sequence[Tensor], scale: int) -> dict[str, float]:
         scale: how many times larger.
 
     Raises:
+        ValueError: there are no images, one is smaller than the window of SSIM, or the scale is below 1.
         HfLowbitError: a reconstruction holds NaN.
     """
+    if not images or scale < 1:
+        raise ValueError(f"PSNR needs images and a scale of at least 1, got {len(images)} images and {scale}")
     sums = torch.zeros(2, dtype=torch.float64)
     for image in images:
         low = shrink(image.unsqueeze(0), scale)
@@ -74,8 +77,8 @@ def evaluate_images(
     names = [checkpoint.name for checkpoint in checkpoints]
     if len(set(names)) < len(names):
         names = [f"{name} ({role})" for name, role in zip(names, ("model", "against"), strict=True)]
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    if type(samples) is not int or samples < 1:
+        raise ValueError(f"samples must be an integer of at least 1, got {samples}")
     images = load_images(data, samples)
     rows: dict[str, dict[str, Any]] = {}
     scales = set()

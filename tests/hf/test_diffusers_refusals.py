@@ -89,6 +89,13 @@ def test_a_model_with_fused_projections_is_not_compressed():
     hf_lowbit.quantize(model, free())
 
 
+def test_weights_that_another_program_has_rounded_are_refused():
+    model = tiny_video().to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=rf"{FIRST}: weight is torch.float8_e4m3fn, not a dense one"):
+        hf_lowbit.quantize(model, free())
+    assert not packed_modules(model)
+
+
 def test_dense_weights_that_cannot_be_compressed_are_named(tmp_path):
     model = tiny_video()
     model.get_submodule(FIRST).weight.data[0, 0] = float("nan")

@@ -171,6 +171,7 @@ def test_what_cannot_be_is_refused():
     for arguments, message in (
         ({"moment": torch.eye(2)}, r"a weight \(2, 3\) does not fit a second moment \(2, 2\)"),
         ({"weight": torch.full((2, 3), math.nan)}, "the weight holds NaN or infinity"),
+        ({"weight": torch.ones(2, 3, dtype=torch.int64)}, "must be floating, got torch.int64"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"regularizer": "clip", "limit": 0.5}, "limit must be at least 1, got 0.5"),
         ({"regularizer": "top", "strength": 2.0}, r"strength of 'top' must be at least 0 \(top: below 2\), got 2.0"),

@@ -542,3 +542,9 @@ def test_it_is_registered_as_free_of_data():
 def test_no_weight_is_refused_with_the_layer_named(weight, message):
     with pytest.raises(ValueError, match=f"^blocks.0.to_q: {message}"):
         quantize(weight, DVDQuantConfig(scale_dtype="float32"), "blocks.0.to_q")
+
+
+@pytest.mark.parametrize("moment", [torch.eye(32), torch.full((64, 64), math.nan)], ids=["other columns", "NaN"])
+def test_no_second_moment_is_refused_with_the_layer_named(moment):
+    with pytest.raises(ValueError, match=r"^blocks.0.to_q: second moment must be finite \(64, 64\), got"):
+        quantize(torch.randn(4, 64), DVDQuantConfig(), "blocks.0.to_q", second_moment=moment)

@@ -318,13 +318,20 @@ def quantize(
         A validated format.
 
     Raises:
-        ValueError: the weight is no floating matrix or not finite, or a step leaves the range of its dtype; the layer
-            is named.
+        ValueError: the weight is no floating matrix or not finite, the second moment does not fit it or is not finite,
+            or a step leaves the range of its dtype; the layer is named.
     """
     if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
         raise ValueError(f"{where}: weight must be floating (n, m), got {weight.dtype} {tuple(weight.shape)}")
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{where}: weight holds NaN or infinity")
+    if second_moment is not None and (
+        second_moment.shape != (weight.shape[1], weight.shape[1]) or not bool(torch.isfinite(second_moment).all())
+    ):
+        raise ValueError(
+            f"{where}: second moment must be finite ({weight.shape[1]}, {weight.shape[1]}), got "
+            f"{tuple(second_moment.shape)}"
+        )
     rows, dtype = weight.detach().float(), SCALE_DTYPES[options.scale_dtype]
     spec = spec_of((rows.shape[0], rows.shape[1]), options, activations)
     smooth = signs = None
