@@ -449,6 +449,10 @@ LAYERS = {
     DENSE, "adaln_single.linear": DENSE, "patch_embed.text_proj": DENSE, "time_text_embed.guidance_embedder.linear_2":
     DENSE, "x_embedder": DENSE, "model.layers.0.self_attn.q_proj": BOTH, "model.decoder.layers.3.fc1": BOTH,
     "transformer.h.3.mlp.c_fc": BOTH, "encoder.block.0.layer.0.SelfAttention.q": BOTH,
+    "layers.0.norm1.linear": WEIGHTS, "layers.4.adaLN_modulation.0": WEIGHTS, "layers.4.attention.to_q": BOTH,
+    "double_stream_blocks.2.block.adaLN_modulation.1": WEIGHTS, "transformer_blocks.0.img_mod.1": WEIGHTS,
+    "visual_transformer_blocks.0.visual_modulation.out_layer": WEIGHTS, "transformer_blocks.3.norm2.linear_1": WEIGHTS,
+    "visual_transformer_blocks.0.feed_forward.out_layer": BOTH, "single_stream_modulation.linear": DENSE,
     "model.layers.0.mlp.experts.3.up_proj": BOTH, "lm_head": DENSE, "transformer.blocks.2.ffn.up_proj": BOTH,
 }  # fmt: skip
 

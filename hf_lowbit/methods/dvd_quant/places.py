@@ -1,9 +1,10 @@
 """Which layers of a model DVD-Quant rounds, told by their names alone.
 
 In diffusion transformers of diffusers the repeated blocks are called ``blocks``, ``transformer_blocks``,
-``single_transformer_blocks`` or ``temporal_transformer_blocks``, and the modulation inside them ``norm…linear``. What
-lies outside takes part in every token of every step (embedders, token refiners, the projections at both ends, the
-modulation of time) and is small; it stays dense.
+``single_transformer_blocks`` or ``temporal_transformer_blocks``, in some ``layers`` or other names that a number
+follows. The modulation inside them is ``norm…linear``, ``…modulation…`` or ``img_mod`` and ``txt_mod``. What lies
+outside takes part in every token of every step (embedders, token refiners, the projections at both ends, the modulation
+of time) and is small; it stays dense.
 
 Source: the paper's Figure 3 names layers of HunyuanVideo's blocks, modulation among them, and no exclusions. Its
 memory of 3.68 times less follows if all linear layers inside the blocks are packed and those outside are not.
@@ -20,7 +21,9 @@ from hf_lowbit.numerics.rotation import full_order
 COLUMNS = 16
 _DIFFUSION = re.compile(r"(^|\.)((single_|temporal_)?transformer_)?blocks\.\d+\.")
 _REPEATED = re.compile(r"(^|\.)[^.\d][^.]*\.\d+\.")
-_MODULATION = re.compile(r"(^|\.)norm[^.]*\.linear$")
+_MODULATION = re.compile(
+    r"(^|\.)(norm[^.]*\.linear(_\d)?|[^.]*modulation[^.]*(\.[^.]+)?|(img|txt)_mod\.\d+)$", re.IGNORECASE
+)
 _OUTSIDE = re.compile(
     r"(^|\.)[^.]*(refiner|embed|caption_projection|time_proj|adaln_single|norm_out)[^.]*\.|(^|\.)(proj_in|proj_out)$"
 )
@@ -28,7 +31,7 @@ _OUTSIDE = re.compile(
 
 def is_modulation(name: str) -> bool:
     """Return whether a layer makes shifts and scales of a block from the time embedding."""
-    return bool(_DIFFUSION.search(name) and _MODULATION.search(name))
+    return bool(_REPEATED.search(name) and _MODULATION.search(name))
 
 
 def outside(name: str) -> bool:
