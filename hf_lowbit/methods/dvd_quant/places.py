@@ -3,8 +3,8 @@
 In diffusion transformers of diffusers the repeated blocks are called ``blocks``, ``transformer_blocks``,
 ``single_transformer_blocks`` or ``temporal_transformer_blocks``, in some ``layers`` or other names that a number
 follows. The modulation inside them is ``norm…linear``, ``…modulation…`` or ``img_mod`` and ``txt_mod``. What lies
-outside takes part in every token of every step (embedders, token refiners, the projections at both ends, the modulation
-of time) and is small; it stays dense.
+outside takes part in every token of every step (embedders, token refiners, the projections at both ends, the
+modulation of time) and is small; it stays dense.
 
 Source: the paper's Figure 3 names layers of HunyuanVideo's blocks, modulation among them, and no exclusions. Its
 memory of 3.68 times less follows if all linear layers inside the blocks are packed and those outside are not.
