@@ -9,7 +9,7 @@ form the rest of the code wants, and kept in a cache folder (``~/.cache/hf_lowbi
     text-1/                   wikipedia-calibration.txt  wikipedia-heldout.txt  news.txt  wikipedia.xml.bz2
     photos-2/                 train/  heldout/  PNG files
     dat-light-2/              model.safetensors and the packages that have the network: see assets.dat
-    swin2sr-small-2/          config.json  model.safetensors: see assets.super_resolution
+    swin2sr-small-3/          config.json  model.safetensors: see assets.super_resolution
     video-full-1/             a small video transformer, trained here: see assets.video
 
 The models come from 4- to 8-bit GGUF files: they are good enough to compress and to compare with themselves, but a

@@ -25,7 +25,7 @@ from hf_lowbit import CondiQuantConfig, RunOptions
 from hf_lowbit.compress import compress_model
 from hf_lowbit.report.super_resolution import score
 
-NAMES = ("minmax", "percentile", "dobi", "output", "condiquant-dobi", "condiquant")
+NAMES = ("minmax", "percentile", "dobi", "output", "condiquant-dobi", "condiquant-least", "condiquant")
 
 
 def measure(bits: int, changes: dict[str, Any]) -> dict[str, Any]:
