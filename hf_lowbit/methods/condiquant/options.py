@@ -45,7 +45,7 @@ class CondiQuantConfig(ImageConfig):
     ``cond_strength`` 0.
 
     Grids are searched by what a layer puts out. The paper searches them as 2DQuant does, by what is rounded alone:
-    ``bound_search="dobi"``, which ends 0.7 dB lower at 2 bits on a pretrained transformer, and no lower on a small one
+    ``bound_search="dobi"``, which ends 0.3 dB lower at 2 bits on a pretrained transformer and 0.2 dB on a small one
     trained here (``benchmarks/README.md``). Where there is no output to compare, inside attention and without images,
     "output" is "dobi" with a few more ranges.
 
