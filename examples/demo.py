@@ -5,19 +5,18 @@ three times: plain rounding to one bit, a baseline in the style of BiLLM, and AR
 everything works: its figures are those of a run with hardly any data.
 """
 
-import argparse
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 import assets
+from examples.common import console, figures, parsed, parser_of
 from hf_lowbit import ARBConfig
 from hf_lowbit.hf.save import save_model
 from hf_lowbit.report.evaluate import heldout_tokens, perplexity
@@ -26,7 +25,6 @@ from hf_lowbit.report.tables import error_text, kinds_of, mean, size_text
 
 PROMPT = "The Romans built roads because"
 QUICK = {"iterations": 1, "quantiles": 5, "max_salient_per_block": 5}
-console = Console(highlight=False, soft_wrap=True)
 
 
 def configs(samples: int, sequence_length: int, fast: bool) -> dict[str, ARBConfig]:
@@ -76,10 +74,8 @@ def continuation(model: Any, tokenizer: Any, count: int = 24) -> str:
 
 def result_table(results: dict[str, dict[str, Any]], dense_bytes: int, dense_perplexity: float) -> Table:
     """Return quality beside size, dense model first."""
-    table = Table(title="held-out perplexity; bits per weight of the packed layers", title_justify="left")
-    table.add_column("model", no_wrap=True)
-    for name in ("perplexity", "bits per weight", "on disk", "seconds"):
-        table.add_column(name, justify="right")
+    title = "held-out perplexity; bits per weight of the packed layers"
+    table = figures(title, "model", "perplexity", "bits per weight", "on disk", "seconds")
     table.add_row("dense, bfloat16", f"{dense_perplexity:.2f}", "16", size_text(dense_bytes), "")
     titles = {"rounding": "plain 1-bit rounding", "billm": "BiLLM-style", "arb-rc": "ARB-LLM_RC"}
     for name, row in results.items():
@@ -91,11 +87,9 @@ def result_table(results: dict[str, dict[str, Any]], dense_bytes: int, dense_per
 
 def error_table(results: dict[str, dict[str, Any]]) -> Table:
     """Return mean squared relative errors of the outputs, by kind of layer; of the weights without calibration."""
-    table = Table(title="mean error by kind of layer: of outputs, (of weights)", title_justify="left")
-    table.add_column("layers")
+    table = figures("mean error by kind of layer: of outputs, (of weights)", "layers", *results)
     errors: dict[str, dict[str, tuple[float | None, float | None]]] = {}
     for name, result in results.items():
-        table.add_column(name, justify="right")
         rows = {row["module"]: row for row in result["rows"]}
         for kind, modules in kinds_of(result["inspection"].modules).items():
             own = [rows[module.name] for module in modules]
@@ -109,17 +103,14 @@ def error_table(results: dict[str, dict[str, Any]]) -> Table:
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser = parser_of(__doc__, "outputs/demo", ("--fast", "few samples, few iterations: does it work at all?"))
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences (default 32)")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens in each (default 512)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="where the models go")
-    parser.add_argument("--fast", action="store_true", help="few samples, few iterations: does it work at all?")
-    args = parser.parse_args()
+    args = parsed(parser)
     samples, length = (4, 128) if args.fast else (args.samples, args.sequence_length)
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("assets").setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
-    args.out.mkdir(parents=True, exist_ok=True)
 
     dense_path = assets.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(dense_path)

@@ -6,25 +6,20 @@ cache of the article is then kept in a file and read back, which spares reading 
 everything works: few samples, a short text.
 """
 
-import argparse
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import assets
+from examples.common import console, figures, parsed, parser_of
 from hf_lowbit import ReCalKVConfig
 from hf_lowbit.cache import ReCalKVCache, cache_bytes, load_cache, save_cache
 from hf_lowbit.report.evaluate import heldout_tokens
 from hf_lowbit.report.tables import size_text
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 def written(model: Any, tokenizer: Any, prompt: torch.Tensor, cache: Any = None) -> tuple[str, Any, float]:
@@ -46,17 +41,15 @@ def written(model: Any, tokenizer: Any, prompt: torch.Tensor, cache: Any = None)
 
 def main() -> None:
     """Run the example."""
-    parser = argparse.ArgumentParser(prog="python -m examples.long_context", description=__doc__)
+    quick = ("--fast", "few samples, a short text: does it work at all?")
+    parser = parser_of(__doc__, "outputs/long_context", quick)
     parser.add_argument("--tokens", type=int, default=2048, help="length of the text (default 2048)")
     parser.add_argument("--ratio", type=float, default=0.5, help="share of the cache's width kept (default 0.5)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/long_context"), help="where the cache file goes")
-    parser.add_argument("--fast", action="store_true", help="few samples, a short text: does it work at all?")
-    args = parser.parse_args()
+    args = parsed(parser)
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("assets").setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    args.out.mkdir(parents=True, exist_ok=True)
 
     path = assets.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -80,10 +73,8 @@ def main() -> None:
         cache = ReCalKVCache.from_model(model, latent_bits=bits, recent_window=0)
         answers[name] = written(model, tokenizer, article, cache)
 
-    table = Table(title=f"cache after {article.shape[1]} tokens and 24 more", title_justify="left")
-    table.add_column("cache", no_wrap=True)
-    for column in ("bytes held", "per token", "dense is larger by"):
-        table.add_column(column, justify="right")
+    title = f"cache after {article.shape[1]} tokens and 24 more"
+    table = figures(title, "cache", "bytes held", "per token", "dense is larger by")
     before = cache_bytes(answers["dense"][1])["total"]
     for name, (_, cache, _) in answers.items():
         held, length = cache_bytes(cache)["total"], cache.get_seq_length()

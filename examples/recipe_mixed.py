@@ -6,18 +6,17 @@ every attention, low-rank factors of 8 bits in the last blocks, signs in two lay
 model. ``--tiny`` takes a model of random weights: seconds, and no figure of meaning.
 """
 
-import argparse
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import assets
+from examples.common import console, figures, parsed, parser_of
 from hf_lowbit import AdaSVDConfig, ARBConfig, DVDQuantConfig, LowBitRecipe, PBS2PConfig, ReCalKVConfig
 from hf_lowbit.compress.targets import plan_run
 from hf_lowbit.hf.save import save_model
@@ -25,7 +24,6 @@ from hf_lowbit.report.evaluate import heldout_tokens, perplexity
 from hf_lowbit.report.inspect import inspect
 from hf_lowbit.report.tables import shares_of, shares_table, size_text
 
-console = Console(highlight=False, soft_wrap=True)
 PROMPT = "The capital of France is"
 
 
@@ -87,14 +85,11 @@ def main() -> None:
     Raises:
         RuntimeError: the loaded model is not exactly the one that was saved.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a model of random weights and hardly any data")
+    parser = parser_of(__doc__, "outputs/recipe_mixed", ("--tiny", "a model of random weights and hardly any data"))
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences of 512 tokens")
-    parser.add_argument("--out", type=Path, default=Path("outputs/recipe_mixed"), help="folder for the models")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     if arguments.samples < 4:
         parser.error(f"--samples must be at least 4, got {arguments.samples}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("hf_lowbit").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     dense_path = arguments.out / "dense" if arguments.tiny else assets.smollm2()
@@ -121,9 +116,8 @@ def main() -> None:
 
     found = inspect(target)
     console.print(shares_table(shares_of(found)))
-    table = Table(title=f"held-out perplexity on {len(text)} x {length} tokens", title_justify="left")
-    for name in ("model", "perplexity", "weight files", "bits per packed weight"):
-        table.add_column(name, justify="left" if name == "model" else "right")
+    title = f"held-out perplexity on {len(text)} x {length} tokens"
+    table = figures(title, "model", "perplexity", "weight files", "bits per packed weight")
     weights = sum(file.stat().st_size for file in dense_path.glob("*.safetensors"))
     table.add_row("dense", f"{perplexity(dense, text, progress=False):.2f}", size_text(weights), "16.00")
     bits = f"{found.bits_per_weight:.2f}"

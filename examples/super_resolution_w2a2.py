@@ -1,6 +1,6 @@
 """Double the size of photographs with a dense model and with its 4, 3 and 2-bit versions, and put them side by side.
 
-``python examples/super_resolution_w2a2.py`` trains a small Swin2SR on first use (13 minutes of one core, kept in
+``python examples/super_resolution_w2a2.py`` trains a small Swin2SR on first use (half an hour of one core, kept in
 the cache folder) and quantizes weights and activations by CondiQuant. ``--tiny`` does the same with a model trained
 for seconds, which is worse than bicubic interpolation. Written is ``strip.png``: for each photograph bicubic, dense,
 W4A4, W3A3, W2A2 and the truth.
@@ -11,7 +11,6 @@ The one line that quantizes is the one for any super-resolution model of transfo
         path, quantization_config=CondiQuantConfig(weight_bits=2, act_bits=2, calibration="photos/"))
 """
 
-import argparse
 import logging
 import sys
 import tempfile
@@ -21,8 +20,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForImageToImage, Swin2SRForImageSuperResolution
 
@@ -30,13 +27,13 @@ if not __package__:  # started as a file: what it shares with tests and benchmar
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from assets import super_resolution
+from examples.common import console, figures, parsed, parser_of
 from hf_lowbit import CondiQuantConfig, RunOptions
 from hf_lowbit.calibration.images import enlarge, multiple_of, reconstructed, shrink
 from hf_lowbit.report.inspect import inspect
 from hf_lowbit.report.super_resolution import score
 from hf_lowbit.report.tables import size_text
 
-console = Console(highlight=False, soft_wrap=True)
 BITS = (4, 3, 2)
 GAP = 4
 QUICK = {"samples": 2, "cond_strength": 0.01, "cond_steps": 5, "dobi_candidates": 20}
@@ -65,17 +62,13 @@ def strip(columns: list[list[Tensor]]) -> Image.Image:
 
 def main() -> None:
     """Run everything and write the strip."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--tiny", action="store_true", help="a model trained for seconds")
-    arguments.add_argument("--out", type=Path, default=Path("super-resolution"), help="folder to write into")
-    given = arguments.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    given = parsed(parser_of(__doc__, "outputs/super_resolution_w2a2", ("--tiny", "a model trained for seconds")))
     warnings.filterwarnings("ignore")
     truth = super_resolution.held_out(2 if given.tiny else 5)
     scale = super_resolution.SCALE
     low = [shrink(image.unsqueeze(0), scale) for image in truth]
 
-    table = Table("version", "PSNR of the luma", "SSIM", "on disk", "bits per packed weight")
+    table = figures(None, "version", "PSNR of the luma", "SSIM", "on disk", "bits per packed weight")
     columns = [[enlarge(image, scale)[0] for image in low]]
 
     def add(name: str, model: Any, size: str = "–", bits: str = "–") -> None:

@@ -8,33 +8,25 @@ takes seconds, and its figures only show that everything works. On a real pipeli
     pipe.transformer.enable_cache(QuantCacheConfig(num_inference_steps=50))
 """
 
-import argparse
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import hf_lowbit
 from assets import video
+from examples.common import console, figures, parsed, parser_of
 from hf_lowbit import DVDQuantConfig, QuantCacheConfig
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """Make the videos and show what each took."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a smaller model, fewer videos")
+    parser = parser_of(__doc__, "outputs/video_cached", ("--tiny", "a smaller model, fewer videos"))
     parser.add_argument("--steps", type=int, default=24, help="of the sampler")
-    parser.add_argument("--out", type=Path, default=Path("outputs/video_cached"), help="folder for the timeline")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     steps = arguments.steps
     model = video.load("quick" if arguments.tiny else "full")
@@ -45,9 +37,8 @@ def main() -> None:
         found = video.sample(transformer, prompts, steps)
         return found, time.perf_counter() - start
 
-    table = Table(title=f"{len(prompts)} videos, {steps} steps", title_justify="left")
-    for name in ("transformer", "steps computed", "fewer block calls", "bits", "seconds", "PSNR"):
-        table.add_column(name, justify="left" if name == "transformer" else "right")
+    columns = ("transformer", "steps computed", "fewer block calls", "bits", "seconds", "PSNR")
+    table = figures(f"{len(prompts)} videos, {steps} steps", *columns)
     expected, seconds = made(model)
     table.add_row("plain", str(steps), "1.00 ×", "–", f"{seconds:.1f}", "–")
     for name in ("QuantCache", "DVD-Quant", "both"):

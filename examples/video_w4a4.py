@@ -11,7 +11,6 @@ The one line that quantizes is the one for any video pipeline of diffusers::
         quant_mapping={"transformer": DVDQuantConfig()}))
 """
 
-import argparse
 import logging
 import math
 import sys
@@ -23,18 +22,16 @@ import torch
 from diffusers import PipelineQuantizationConfig, WanPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 if not __package__:  # started as a file: what it shares with tests and benchmarks lies one folder up
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from assets import video
+from examples.common import console, figures, parsed, parser_of
 from hf_lowbit import DVDQuantConfig, LowBitConfig, RunOptions, delta_gbs_report, packed_modules
 from hf_lowbit.report.tables import size_text
 
-console = Console(highlight=False, soft_wrap=True)
 QUIET = RunOptions(progress=False)
 ROUNDING = {"rotation": "none", "balance": "none", "weight_init": "absmax", "group_size": -1, "act_scale": "token"}
 VERSIONS: dict[str, LowBitConfig | None] = {
@@ -87,10 +84,8 @@ def write(videos: dict[str, Tensor], out: Path) -> None:
 
 def main() -> None:
     """Run the example."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a model of seconds, few steps: does it work at all?")
-    parser.add_argument("--out", type=Path, default=Path("outputs/video_w4a4"), help="where pictures and models go")
-    args = parser.parse_args()
+    quick = ("--tiny", "a model of seconds, few steps: does it work at all?")
+    args = parsed(parser_of(__doc__, "outputs/video_w4a4", quick))
     logging.basicConfig(level=logging.ERROR)
     logging.getLogger("assets").setLevel(logging.INFO)
     diffusers_logging.disable_progress_bar()
@@ -98,15 +93,12 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Mismatch dtype")
     torch.set_num_threads(1)  # tensors are small here: more threads only wait for each other
 
-    args.out.mkdir(parents=True, exist_ok=True)
     video.pipeline(video.load("quick" if args.tiny else "full", outliers=True)).save_pretrained(args.out / "dense")
     prompts, steps = video.PROMPTS[: 3 if args.tiny else None], 8 if args.tiny else 16
     console.print("Prompts: " + "; ".join(" ".join(prompt) for prompt in prompts))
 
-    table = Table(title=f"{len(prompts)} videos of {steps} steps, from the same noise", title_justify="left")
-    table.add_column("transformer", no_wrap=True)
-    for column in ("PSNR to dense", "bits per weight", "file", "mean activation bits"):
-        table.add_column(column, justify="right")
+    columns = ("transformer", "PSNR to dense", "bits per weight", "file", "mean activation bits")
+    table = figures(f"{len(prompts)} videos of {steps} steps, from the same noise", *columns)
     videos: dict[str, Tensor] = {}
     for name, config in VERSIONS.items():
         pipe = load(args.out / "dense", config)

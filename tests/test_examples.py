@@ -24,6 +24,18 @@ def test_demo(tmp_path, monkeypatch, capsys):
         assert line in shown
 
 
+def test_a_folder_that_cannot_be_made_is_said_first(tmp_path, monkeypatch, capsys):
+    """All examples parse alike."""
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    for out in (taken, taken / "below"):
+        monkeypatch.setattr("sys.argv", ["recipe_mixed", "--tiny", "--out", str(out)])
+        with pytest.raises(SystemExit):
+            recipe_mixed.main()
+        assert f"--out {out}: " in capsys.readouterr().err
+    assert taken.read_text() == "a file"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_long_context(tmp_path, monkeypatch, capsys):
