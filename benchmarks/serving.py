@@ -2,7 +2,8 @@
 
     python -m benchmarks.serving --part checkpoints              # packed once, without data; about ten minutes
     python -m benchmarks.serving --part tokens [--engine PYTHON] # greedy tokens in float32 and bfloat16
-    python -m benchmarks.serving --part speed [--engine PYTHON]  # in one run, nothing else running
+    python -m benchmarks.serving --part rounding                 # what bfloat16 changes in transformers alone
+    python -m benchmarks.serving --part speed [--engine PYTHON]  # beside the dense model, in turns
 
 ``PYTHON`` is that of an environment with vLLM, by default the one that ``tests.serving.environment`` makes. Tokens are
 compared one by one. Sums are made in another order in either library, so where two tokens are nearly as likely they
@@ -16,7 +17,6 @@ import argparse
 import json
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import assets
 import hf_lowbit
+from benchmarks import serving_speed
 from benchmarks.common import write_result
 from tests.serving import cases, environment
 
@@ -48,7 +49,6 @@ PROMPTS = (
     "The three primary colours are",
 )
 TOKENS = 48
-BATCHES = (1, 8)
 
 
 def folder_of(name: str) -> Path:
@@ -69,19 +69,22 @@ def write_checkpoints() -> None:
         assets.cached(f"{FOLDER}-{name}", None, build)
 
 
-def served(engine: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what vLLM makes of some jobs, see ``tests/serving/engine.py``."""
+def served(engine: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Return what vLLM makes of a job, see ``tests/serving/engine.py``."""
     with tempfile.TemporaryDirectory() as work:
         results = Path(work) / "results.json"
         script = Path(environment.__file__).with_name("engine.py")
         subprocess.run(
-            [str(engine), str(script), str(results)], input=json.dumps(jobs).encode(), check=True, env=cases.settings()
+            [str(engine), str(script), str(results)],
+            input=json.dumps([job]).encode(),
+            check=True,
+            env=cases.settings(),
         )
-        found: list[dict[str, Any]] = json.loads(results.read_text("utf-8"))
-    for job, result in zip(jobs, found, strict=True):
-        if "error" in result:
-            raise RuntimeError(f"{job['model']}: {result['error']}")
-    return found
+        (found,) = json.loads(results.read_text("utf-8"))
+    if "error" in found:
+        raise RuntimeError(f"{job['model']}: {found['error']}")
+    result: dict[str, Any] = found
+    return result
 
 
 def prompts() -> list[list[int]]:
@@ -95,17 +98,32 @@ def compare_tokens(engine: Path, names: list[str], dtypes: list[str]) -> None:
     """Write for every model and dtype how many tokens agree."""
     given = prompts()
     for dtype in dtypes:
-        jobs = [
-            {"model": str(folder_of(name)), "prompts": given, "tokens": TOKENS, "options": {"dtype": dtype}}
-            for name in names
-        ]
-        for name, result in zip(names, served(engine, jobs), strict=True):
-            want = cases.generated(folder_of(name), given, TOKENS, getattr(torch, dtype))
-            rows = _agreement(folder_of(name), given, want, result["tokens"], getattr(torch, dtype))
+        for name in names:  # each written when it is known
+            folder = folder_of(name)
+            job = {"model": str(folder), "prompts": given, "tokens": TOKENS, "options": {"dtype": dtype}}
+            result = served(engine, job)
+            want = cases.generated(folder, given, TOKENS, getattr(torch, dtype))
+            rows = _agreement(folder, given, want, result["tokens"], getattr(torch, dtype))
             write_result(
                 f"serving/tokens-{name}-{dtype}",
                 {"model": name, "dtype": dtype, "tokens": TOKENS, "layers": result["methods"], "prompts": rows},
             )
+
+
+def compare_rounding(names: list[str]) -> None:
+    """Write for every model how many tokens of transformers in bfloat16 are its own in float32: what rounding does."""
+    given = prompts()
+    for name in names:
+        exact, rounded = (
+            cases.generated(folder_of(name), given, TOKENS, dtype) for dtype in (torch.float32, torch.bfloat16)
+        )
+        same = [_same(a, b) for a, b in zip(exact, rounded, strict=True)]
+        result = {"model": name, "dtype": "bfloat16", "tokens": TOKENS, "rounded": same}
+        write_result(f"serving/rounding-{name}", result)
+
+
+def _same(ours: list[int], theirs: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
 
 
 def _agreement(
@@ -115,7 +133,7 @@ def _agreement(
     rows = []
     model = None
     for prompt, ours, theirs in zip(given, want, got, strict=True):
-        same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+        same = _same(ours, theirs)
         row: dict[str, Any] = {"same": same}
         if same < len(ours):
             model = model or AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -127,70 +145,28 @@ def _agreement(
     return rows
 
 
-def compare_speed(engine: Path, names: list[str]) -> None:
-    """Write tokens per second of vLLM and of transformers, in turns on the same cores."""
-    prompt = prompts()[0]
-    rows = []
-    for name in names:
-        for batch in BATCHES:
-            (job,) = served(
-                engine,
-                [
-                    {
-                        "model": str(folder_of(name)),
-                        "prompts": [prompt] * batch,
-                        "tokens": TOKENS,
-                        "repeats": 3,
-                        "options": {"dtype": "bfloat16"},
-                    }
-                ],
-            )
-            rows.append(
-                {
-                    "model": name,
-                    "batch": batch,
-                    "vllm": TOKENS * batch / min(job["seconds"]),
-                    "transformers": _speed(folder_of(name), prompt, batch),
-                }
-            )
-    write_result("serving/speed", {"dtype": "bfloat16", "tokens": TOKENS, "rows": rows})
-
-
-def _speed(folder: Path, prompt: list[int], batch: int) -> float:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    ids = torch.tensor([prompt] * batch)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS,
-            pad_token_id=0,
-        )
-        seconds.append(time.perf_counter() - start)
-    return TOKENS * batch / min(seconds)
-
-
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("checkpoints", "tokens", "speed"), required=True)
+    parser.add_argument("--part", choices=("checkpoints", "tokens", "rounding", "speed"), required=True)
     parser.add_argument("--engine", type=Path, help="Python of an environment with vLLM")
     parser.add_argument("--models", nargs="+", choices=("dense", *MODELS), default=["dense", *MODELS])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     options = parser.parse_args()
-    torch.set_num_threads(1)  # vLLM keeps one of two cores to itself
+    torch.set_num_threads(1)  # as many as vLLM gets
     if options.part == "checkpoints":
         write_checkpoints()
+        return
+    if absent := [name for name in options.models if not folder_of(name).is_dir()]:
+        parser.error(f"{absent[0]} is not packed yet; --part checkpoints does it")
+    if options.part == "rounding":
+        compare_rounding(options.models)
         return
     engine = options.engine or environment.python()
     if options.part == "tokens":
         compare_tokens(engine, options.models, options.dtypes)
     else:
-        compare_speed(engine, options.models)
+        serving_speed.measure(engine, {name: folder_of(name) for name in ("dense", *options.models)}, prompts()[0])
 
 
 if __name__ == "__main__":

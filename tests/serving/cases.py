@@ -95,6 +95,7 @@ def settings() -> dict[str, str]:
     """Return the environment of a process with vLLM: one process and one thread, no network."""
     own = {
         "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # bound to a core, it waits for whatever else runs there
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",

@@ -2,18 +2,19 @@
 
     python engine.py RESULTS < JOBS
 
-A job has ``model``, ``prompts`` (lists of token ids), ``tokens`` to generate and ``options`` of ``vllm.LLM``. Its
-result has ``tokens`` of each prompt, the names of the quantization methods of the model's linear layers, and seconds;
-or ``error``, what the user is told. All jobs run in this process, one after the other.
+The jobs are the first line. A job has ``model``, ``prompts`` (lists of token ids), ``tokens`` to generate and
+``options`` of ``vllm.LLM``. Its result has ``tokens`` of each prompt and the names of the quantization methods of the
+model's linear layers; or ``error``, what the user is told. All jobs run in this process, one after the other. One that
+is ``asked`` generates again for every further line, a number of times that the prompts are repeated, and prints DONE.
 """
 
 import collections
 import gc
 import json
 import sys
-import time
 from pathlib import Path
 
+DONE = "done"  # a line of its own
 DEFAULTS = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -38,22 +39,20 @@ def run(job):
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    start, llm = time.perf_counter(), None
+    llm = None
     try:
         llm = LLM(job["model"], **{**DEFAULTS, **job.get("options", {})})
-        loaded = time.perf_counter()
         sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
         prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in job["prompts"]]
-        seconds = []
-        for _ in range(job.get("repeats", 1)):
-            begin = time.perf_counter()
-            outs = llm.generate(prompts, sampling, use_tqdm=False)
-            seconds.append(time.perf_counter() - begin)
+        outs = llm.generate(prompts, sampling, use_tqdm=False)
+        if job.get("asked"):
+            print(DONE, flush=True)
+            for line in sys.stdin:
+                llm.generate(prompts * int(line), sampling, use_tqdm=False)
+                print(DONE, flush=True)
         return {
             "tokens": [list(out.outputs[0].token_ids) for out in outs],
             "methods": llm.apply_model(methods)[0],
-            "load_seconds": loaded - start,
-            "seconds": seconds,
         }
     except Exception as error:  # whatever the user would be told
         return {"error": f"{type(error).__name__}: {error}"}
@@ -65,6 +64,6 @@ def run(job):
 
 if __name__ == "__main__":
     results = []
-    for given in json.load(sys.stdin):
+    for given in json.loads(sys.stdin.readline()):
         results.append(run(given))
         Path(sys.argv[1]).write_text(json.dumps(results))

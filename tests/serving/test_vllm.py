@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_lowbit import ReCalKVConfig
 from tests.hostile.forge import SINGLE, edit_config, edit_tensors
+from tests.hub_server import Hub, Repo
 from tests.serving import cases, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -31,14 +32,13 @@ def engine() -> Path:
     return environment.python()
 
 
-def run(engine: Path, work: Path, jobs: list[dict]) -> list[dict]:
-    """Return what came of some jobs, see engine.py."""
+def run(engine: Path, work: Path, jobs: list[dict], **settings: str) -> list[dict]:
+    """Return what came of some jobs, see engine.py; ``settings`` are variables of its environment."""
     results = work / "results.json"
     script = Path(__file__).with_name("engine.py")
     given = json.dumps([{"prompts": cases.prompts(), "tokens": COUNT, **job} for job in jobs])
-    subprocess.run(
-        [str(engine), str(script), str(results)], input=given.encode(), check=True, env=cases.settings(), cwd=work
-    )
+    variables = {**cases.settings(), **settings}
+    subprocess.run([str(engine), str(script), str(results)], input=given.encode(), check=True, env=variables, cwd=work)
     return json.loads(results.read_text("utf-8"))
 
 
@@ -75,6 +75,30 @@ def test_shards_are_served(engine, tmp_path):
     agree(run(engine, tmp_path, [{"model": str(folder)}]), [folder])
 
 
+def test_models_of_the_hub_are_fetched_and_checked(engine, tmp_path, served):
+    """In another order than a local folder: the files come when the engine asks for them."""
+    flipped = Path(shutil.copytree(served, tmp_path / "flipped"))
+    content = bytearray((flipped / SINGLE).read_bytes())
+    content[-1] ^= 1
+    (flipped / SINGLE).write_bytes(content)
+    with Hub() as hub:
+        for name, folder in {"user/sound": served, "user/flipped": flipped}.items():
+            files = {file.name: (file.read_bytes(), file.suffix == ".safetensors") for file in folder.iterdir()}
+            hub.repos[name] = Repo()
+            hub.repos[name].commit("main", files)
+        sound, damaged = run(
+            engine,
+            tmp_path,
+            [{"model": "user/sound"}, {"model": "user/flipped"}],
+            HF_ENDPOINT=hub.url,
+            HF_HOME=str(tmp_path / "empty"),
+            HF_HUB_OFFLINE="0",
+            HF_HUB_DISABLE_XET="1",
+        )
+    agree([sound], [served])
+    assert f"in {SINGLE}: does not match its checksum" in damaged.get("error", "served"), damaged
+
+
 def _refusals(base: Path, work: Path) -> list[tuple[dict, str]]:
     """Return jobs that must fail, and words of what is said."""
 
@@ -99,7 +123,7 @@ def _refusals(base: Path, work: Path) -> list[tuple[dict, str]]:
     shorter = bare(copy("shorter"), lambda t: t.update({f"{layer}.weight_sign": t[f"{layer}.weight_sign"][:-1]}))
     return [
         ({"model": str(latent)}, "method 'recalkv' is not served"),
-        ({"model": str(unknown)}, "format 'octal' is not served, only binary, integer, low_rank are"),
+        ({"model": str(unknown)}, f"{layer}: unknown format 'octal'; known: binary"),
         ({"model": str(flipped)}, f"{layer}.weight_sign in model.safetensors: does not match its checksum"),
         ({"model": str(missing)}, f"{layer}.weight_sign is in none of the weight files"),
         ({"model": str(shorter)}, f"{layer}.weight_sign in model.safetensors is U8"),
