@@ -62,12 +62,17 @@ def tokens() -> str:
         "largest margin where they part",
         "transformers alone",
     ]
+    if not rounding:
+        header, rows = header[:-1], [row[:-1] for row in rows]
     note = (
         "Four prompts, continued greedily by vLLM together and by transformers one by one; "
         "`python -m benchmarks.serving --part tokens`. Tokens count until the first that differs; the margin is the "
-        "difference of the two logits there, in standard deviations of all logits. The last column compares "
-        "transformers with itself: how many tokens it writes in bfloat16 as in float32."
+        "difference of the two logits there, in standard deviations of all logits."
     )
+    if rounding:
+        note += (
+            " The last column compares transformers with itself: how many tokens it writes in bfloat16 as in float32."
+        )
     return f"{table(header, rows)}\n\n{note}"
 
 
