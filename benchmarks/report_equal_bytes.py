@@ -18,7 +18,7 @@ NAMES = {
     "integer-3-128": "integers, 3 bits, groups of 128 (`DVDQuantConfig`, calibrated)",
     "integer-4-128": "integers, 4 bits, groups of 128 (`DVDQuantConfig`, calibrated)",
     "integer-4-32-no-data": "integers, 4 bits, groups of 32 (`DVDQuantConfig`, without data)",
-    "integer-4-32-no-data-balanced": "the same with columns balanced",
+    "integer-4-32-no-data-balanced": "integers, 4 bits, groups of 32 (without data, columns balanced)",
     "integer-2-32-no-data": "integers, 2 bits, groups of 32 (`DVDQuantConfig`, without data)",
     "integer-2-64-no-data": "integers, 2 bits, groups of 64 (`DVDQuantConfig`, without data)",
     "integer-3-128-no-data": "integers, 3 bits, groups of 128 (`DVDQuantConfig`, without data)",
