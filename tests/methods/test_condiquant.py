@@ -196,6 +196,15 @@ def test_what_cannot_be_conditioned_is_kept_and_named(caplog):
         fit(weight, stats_of(torch.randn(8, 6)), small, "block.qkv", [])  # three parts of three rows
 
 
+@pytest.mark.parametrize("inputs", [1e15, 1e20])
+def test_products_beyond_float32_take_the_weakest_strength(inputs):
+    """Of the larger inputs the second moment is infinite, too."""
+    weight, rows, trace = 1e25 * torch.randn(6, 8), inputs * torch.randn(40, 8), []
+    options = quick(weight_bits=2, act_bits=2, bound_search="dobi")
+    assert torch.equal(fit(weight, stats_of(rows), options, "huge", trace).weight, weight)
+    assert [row["strength"] for row in trace] == ([0] if inputs == 1e15 else [])
+
+
 # Attention -----------------------------------------------------------------------------------------------------------
 
 

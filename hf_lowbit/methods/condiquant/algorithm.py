@@ -206,7 +206,9 @@ def fit(weight: Tensor, stats: Any, options: CondiQuantConfig, where: str, trace
             error = float((inputs @ values.T - wanted).norm() / wanted.norm().clamp(min=1e-30))
         found.append((error, strength, changed, codes, bounds))
     limit = (1 + options.slack) * min(error for error, *_ in found)
-    error, strength, changed, codes, bounds = max((one for one in found if one[0] <= limit), key=lambda one: one[1])
+    # products too large for float32 have no error to compare: then the weakest
+    near = [one for one in found if one[0] <= limit] or found[:1]
+    error, strength, changed, codes, bounds = max(near, key=lambda one: one[1])
     if moment is not None:
         trace.append(
             {

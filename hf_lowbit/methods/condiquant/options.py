@@ -14,8 +14,8 @@ from hf_lowbit.numerics.conditioning import REGULARIZERS
 STRENGTHS = (0.0, 0.003, 0.01, 0.03, 0.06)
 _STRENGTHS_SHOWN = ", ".join(f"{t:g}" for t in STRENGTHS)
 AUTO = "auto"
-# At few bits a layer's own error says less of the image than how far it carries the errors of the layers before it,
-# and the larger strengths keep those small.
+# At few bits the error of a layer alone chooses strengths that are too small for the image: larger ones draw large
+# singular values down and should carry on less of the errors of the layers before (benchmarks/README.md has both).
 _SLACK, _FEW_BITS = 0.1, 3
 BITS = (2, 3, 4, 8)
 
